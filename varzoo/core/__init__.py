@@ -1,0 +1,1 @@
+"""What every other package stands on: token specs, random draws, schedules, checkpoints. Imports nothing of varzoo."""

@@ -1,0 +1,89 @@
+"""Step: one turn of a decoding, and schedules: values that depend on it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One AR step of a decoding.
+
+    Attributes:
+        index: 0-based index of the step in its phase.
+        of: number of steps planned in the phase.
+        positions: `[B, n]` int64, ascending raster positions drawn in this step.
+        drawn: tokens per sample that were drawn before this step.
+        left: tokens per sample still to draw after it; the MAR family's official rule never lets it fall below 1.
+        total: tokens per sample that the phase draws in all.
+        phase: name of the phase, for generators that have several (Hi-MAR: "pivot", then "dense").
+    """
+
+    index: int
+    of: int
+    positions: Tensor
+    drawn: int
+    left: int
+    total: int
+    phase: str = "main"
+
+
+class Schedule(ABC):
+    """A value that depends on the step: guidance scale, temperature, solver steps."""
+
+    @abstractmethod
+    def __call__(self, step: Step) -> float: ...
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same `scale` at every step."""
+
+    scale: float
+
+    def __call__(self, step: Step) -> float:
+        return self.scale
+
+
+@dataclass(frozen=True)
+class LinearInTokens(Schedule):
+    """From 1 towards `scale`, linear in the share of tokens drawn: 1 + (scale - 1) (total - left) / total (MAR)."""
+
+    scale: float
+
+    def __call__(self, step: Step) -> float:
+        return 1 + (self.scale - 1) * (step.total - step.left) / step.total
+
+
+@dataclass(frozen=True)
+class FirstSteps(Schedule):
+    """`scale` up to step `last` inclusive, 1 afterwards (LlamaGen's `cfg_interval` k is `last = k + 1`)."""
+
+    scale: float
+    last: int
+
+    def __call__(self, step: Step) -> float:
+        return self.scale if step.index <= self.last else 1.0
+
+
+def at_step(value: Any, step: Step) -> Any:
+    """The value of an option at a step: schedules are evaluated, everything else is returned as it is."""
+    return value(step) if isinstance(value, Schedule) else value
+
+
+def needs_null_branch(guidance: Schedule | None, steps: Iterable[Step]) -> bool:
+    """Whether any step is guided. Raises ValueError for a scale below 1, which would push away from the condition."""
+    if guidance is None:
+        return False
+    scales = [guidance(step) for step in steps]
+    if min(scales) < 1 or not all(map(math.isfinite, scales)):
+        raise ValueError(
+            f"guidance scale {min(scales):g} is below 1 or not finite; use 1 for no guidance, more than 1 to guide."
+        )
+    return any(scale != 1 for scale in scales)

@@ -1,0 +1,82 @@
+"""The contract of tokenizers: pixels <-> tokens.
+
+A tokenizer owns its pixel range, its latent scale and shift, and its rule from float images to uint8; nothing else in
+varzoo knows such a number. Encoding is split in two, so that the slow half can be cached: `compress` is deterministic
+and ends in what a cache stores (ids, or the moments of a posterior), `tokens` turns that into tokens, drawing if asked.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from varzoo.core.draws import AnyDraws
+from varzoo.core.errors import unknown
+from varzoo.core.losses import Losses
+from varzoo.core.spec import TokenSpec
+
+UINT8_RULES = {
+    # name: float images in [-1, 1] -> values in [0, 255] before the cast, which truncates
+    "round": lambda images: ((images + 1) / 2 * 255).clamp(0, 255).round(),  # half to even (MAR family)
+    "half_up": lambda images: (127.5 * images + 128).clamp(0, 255),  # LlamaGen family
+    "truncate": lambda images: ((images + 1) / 2).clamp(0, 1) * 255,  # RAR, TiTok
+}
+
+
+def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
+    """Turn float images in [-1, 1] (clamped) into uint8 of the same shape, by one of the field's three rules."""
+    if rule not in UINT8_RULES:
+        raise unknown("uint8 rule", rule, UINT8_RULES)
+    return UINT8_RULES[rule](images.float()).to(torch.uint8)
+
+
+class Tokenizer(nn.Module, ABC):
+    """Base of all tokenizers.
+
+    Attributes:
+        spec: what its tokens look like at `image_size`.
+        image_size: (height, width) in pixels of the images that `spec` speaks of.
+        uint8_rule: how `to_uint8` rounds.
+    """
+
+    spec: TokenSpec
+    image_size: tuple[int, int]
+    uint8_rule: str = "round"
+
+    @abstractmethod
+    def compress(self, images: Tensor) -> Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1] -> what a cache stores: ids `[B, N]` or posterior moments `[B, N, 2C]`."""
+
+    @abstractmethod
+    def tokens(self, compressed: Tensor, draws: AnyDraws | None = None) -> Tensor:
+        """What `compress` gave -> tokens `[B, N]` or `[B, N, C]` (scaled). Without draws: the deterministic choice."""
+
+    def encode(self, images: Tensor, draws: AnyDraws | None = None) -> Tensor:
+        """Images `[B, 3, H, W]` in [-1, 1] -> tokens; drawn from the posterior if there is one and draws are given."""
+        return self.tokens(self.compress(images), draws)
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens -> images `[B, 3, H, W]`, nominally in [-1, 1], not clamped."""
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Decoded images -> uint8 `[B, 3, H, W]` by this tokenizer's rule."""
+        return to_uint8(images, self.uint8_rule)
+
+    @abstractmethod
+    def reconstruction_losses(self, images: Tensor, draws: AnyDraws) -> tuple[Tensor, Losses]:
+        """One training pass: reconstructions `[B, 3, H, W]` and the losses of the bottleneck (VQ, commitment, KL).
+
+        What compares reconstruction and original (L1 or L2, LPIPS, adversarial) belongs to the training objective, not
+        to the tokenizer; `parts` may carry statistics such as codebook usage and perplexity.
+        """
+
+    def last_decoder_weight(self) -> Tensor:
+        """The weight of the last decoder layer, against whose gradients an adaptive adversarial weight is measured."""
+        raise AttributeError(f"{type(self).__name__} offers no last decoder layer; turn the adaptive weight off.")
+
+    def codebook(self) -> Tensor:
+        """The code vectors `[K, C]` as decoded; neighbour tables and generators that embed codes use them."""
+        raise AttributeError(f"{type(self).__name__} has no codebook.")
