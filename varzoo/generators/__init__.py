@@ -1,0 +1,1 @@
+"""What is likely: generators hold weights, decodings hold the state of one batch being drawn."""

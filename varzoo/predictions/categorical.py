@@ -1,0 +1,77 @@
+"""A categorical distribution over token ids per position, with the filters of the field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from varzoo.core.draws import AnyDraws
+from varzoo.core.errors import unknown
+from varzoo.predictions.base import Drawn, Prediction
+
+
+def top_k_filter(logits: Tensor, k: int) -> Tensor:
+    """Set all logits `[..., V]` below the k-th largest to -inf; ties with it are kept. k = 0 or k >= V keeps all."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
+
+
+def top_p_filter(logits: Tensor, p: float) -> Tensor:
+    """Keep the smallest set of the likeliest ids whose mass exceeds p (the id that crosses p included), `[..., V]`."""
+    if p >= 1:
+        return logits
+    ordered, ids = logits.sort(dim=-1, descending=True)
+    mass = ordered.softmax(dim=-1).cumsum(dim=-1)
+    removed = mass.roll(1, dims=-1) > p  # by the mass of the ids before; the first id is always kept
+    removed[..., 0] = False
+    return logits.masked_fill(removed.scatter(-1, ids, removed), -torch.inf)
+
+
+FILTERS = {"top_k": top_k_filter, "top_p": top_p_filter}
+
+
+def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids `[...]` that uniforms `[...]` in [0, 1) pick from (unnormalised) probabilities `[..., V]`.
+
+    The sum runs in float64; an id of probability 0 is never picked, even where rounding makes a uniform reach 1.
+    """
+    cumulative = probabilities.double().cumsum(dim=-1)
+    ids = torch.searchsorted(cumulative / cumulative[..., -1:], uniforms.double()[..., None], right=True)[..., 0]
+    ranks = torch.arange(probabilities.shape[-1], device=probabilities.device)
+    last = torch.where(probabilities > 0, ranks, 0).amax(dim=-1)
+    return torch.minimum(ids, last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Categorical(Prediction):
+    """Guided logits `[B, n, V]` of the ids at raster positions `[B, n]`."""
+
+    logits: Tensor
+    positions: Tensor
+
+    options: ClassVar[frozenset[str]] = frozenset({"temperature", "top_k", "top_p", "filters"})
+
+    def filtered(self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+                 filters: tuple[str, ...] = ("top_k", "top_p")) -> Tensor:
+        """Logits `[B, n, V]` after the temperature, then the filters in the order given, -inf where removed."""
+        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise ValueError(f"need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got temperature={temperature}, "
+                             f"top_k={top_k}, top_p={top_p}.")
+        logits, limits = self.logits.float() / max(temperature, 1e-5), {"top_k": top_k, "top_p": top_p}
+        for name in filters:
+            if name not in FILTERS:
+                raise unknown("filter", name, FILTERS)
+            logits = FILTERS[name](logits, limits[name])
+        return logits
+
+    def draw(self, draws: AnyDraws, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+             filters: tuple[str, ...] = ("top_k", "top_p")) -> Drawn:
+        """Draw ids `[B, n]`; temperature 0 takes the likeliest."""
+        if temperature == 0:
+            return Drawn(tokens=self.logits.argmax(dim=-1))
+        logits = self.filtered(temperature=temperature, top_k=top_k, top_p=top_p, filters=filters)
+        return Drawn(tokens=inverse_cdf(logits.softmax(dim=-1), draws.uniform("token", at=self.positions)))

@@ -1,0 +1,77 @@
+"""The contract of samplers: a loop over a decoding that knows the protocol and never a model's insides."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from varzoo.core.draws import AnyDraws
+from varzoo.core.steps import Schedule, Step
+from varzoo.generators.base import Condition, Decoding, Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a batch took: AR steps, evaluations of the backbone and of the head (a guided one counts once), seconds."""
+
+    steps: int
+    backbone_evaluations: int
+    head_evaluations: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Tokens of a batch, as the generator's spec says, and what they took."""
+
+    tokens: Tensor
+    counts: Counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a callback sees after every step: for progress bars and previews."""
+
+    step: Step
+    decoding: Decoding
+
+
+Callback = Callable[[Progress], None]
+
+
+class Sampler(ABC):
+    """Base of all samplers. `needs` names the abilities (Generator.offers) without which it cannot run."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def check(self, generator: Generator) -> None:
+        """Raise ValueError, with the reason and the way out, if this sampler does not fit the generator."""
+
+    @abstractmethod
+    def sample(self, generator: Generator, condition: Condition, draws: AnyDraws,
+               callback: Callback | None = None) -> Sampled:
+        """Draw one batch. Prints nothing; `callback` is told of every step."""
+
+
+def for_phase(value: Any, phase: str) -> Any:
+    """One phase's share of a setting that may be given once for all phases or as a mapping of phase to setting."""
+    return value[phase] if isinstance(value, Mapping) and phase in value else value
+
+
+def check_options(options: Mapping[str, Any], generator: Generator) -> None:
+    """Raise ValueError unless every option is one that the generator's predictions take."""
+    for phase, prediction in generator.predicts.items():
+        for name in options:
+            if name not in prediction.options:
+                raise ValueError(
+                    f"draw option {name!r} does not fit: {type(generator).__name__} predicts {prediction.__name__} "
+                    f"in phase {phase!r}, which takes {', '.join(sorted(prediction.options))}. Drop the option."
+                )
+
+
+GuidanceSetting = Schedule | Mapping[str, Schedule] | None
