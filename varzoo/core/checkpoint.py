@@ -94,8 +94,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) ->
     extra = [name for name in state if name not in own]
     reshaped = [f"{name} {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
                 for name in own if name in state and state[name].shape != own[name].shape]
+    kinds = {"missing": missing, "unexpected": extra, "of another shape": reshaped}
     problems = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                for kind, names in (("missing", missing), ("unexpected", extra), ("of another shape", reshaped)) if names]
+                for kind, names in kinds.items() if names]
     if problems:
         raise ValueError(
             f"{source} is not a checkpoint of this {type(model).__name__}: {'; '.join(problems)}. "
@@ -121,7 +122,9 @@ def existing(path: str | Path) -> Path:
         return path
     files = sorted(file.name for file in path.parent.glob("*") if file.is_file()) if path.parent.is_dir() else []
     beside = f"; in {path.parent}: {', '.join(files[:8]) or 'nothing'}" if path.parent.is_dir() else ""
-    raise FileNotFoundError(f"no checkpoint at {path}{beside}. A missing checkpoint is never replaced by random weights.")
+    raise FileNotFoundError(
+        f"no checkpoint at {path}{beside}. A missing checkpoint is never replaced by random weights."
+    )
 
 
 @contextlib.contextmanager
@@ -130,7 +133,9 @@ def _safe_open(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); fetch or write it again.") from error
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); fetch or write it again."
+        ) from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -143,8 +148,8 @@ def _read_pickle(path: Path) -> Any:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         needs = f" It asks for: {', '.join(names)}." if names else ""
         raise ValueError(
-            f"{path} is refused: unpickling it would run code or it is damaged.{needs} If you trust its origin, load it "
-            "where it was made, save only its state dict (torch.save(state_dict, ...)) and use that file."
+            f"{path} is refused: unpickling it would run code, or it is damaged.{needs} If you trust its origin, load "
+            "it where it was made, save only its state dict (torch.save(state_dict, ...)) and use that file."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path} is truncated or not a PyTorch checkpoint ({error}); fetch it again.") from error

@@ -128,9 +128,10 @@ class Alias(Rule):
         values = _match(self.official, key)
         if values is None:
             return None
-        tensor, first = state.pop(key), state.get(_fill(self.of, values))
+        name = _fill(self.of, values)
+        tensor, first = state.pop(key), state.get(name)
         if first is not None and not torch.equal(tensor, first):
-            raise ValueError(f"{key} should equal {_fill(self.of, values)}, of which it is a second name, but does not.")
+            raise ValueError(f"{key} should equal {name}, of which it is a second name, but does not.")
         return {}
 
     def to_official(self, key: str, state: State) -> State | None:
@@ -182,8 +183,8 @@ class KeyMap:
         official = self._translate(dict(ours), "to_official", "state dict")
         for rule in self.rules:
             if isinstance(rule, Alias):
-                matches = [(key, _match(rule.of, key)) for key in official]
-                official |= {_fill(rule.official, values): official[key] for key, values in matches if values is not None}
+                matches = {key: _match(rule.of, key) for key in official}
+                official |= {_fill(rule.official, values): official[key] for key, values in matches.items() if values}
             elif isinstance(rule, Ignore) and rule.constant is not None:
                 official[rule.official] = rule.constant()
         return official

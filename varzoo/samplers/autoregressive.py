@@ -31,7 +31,7 @@ class Autoregressive(Sampler):
     def check(self, generator: Generator) -> None:
         check_options(self.draw, generator)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(self, generator: Generator, condition: Condition, draws: AnyDraws,
                callback: Callback | None = None) -> Sampled:
         self.check(generator)

@@ -1,0 +1,103 @@
+"""Conditions as prefix tokens of a causal generator: one class token, or projected text features."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from varzoo.generators.base import Condition
+
+
+class Conditioner(nn.Module, ABC):
+    """Condition -> prefix tokens.
+
+    Attributes:
+        length: number of prefix tokens T.
+        num_classes: class labels it knows, None for text.
+        drop: probability with which training replaces the condition by the null condition.
+    """
+
+    length: int
+    num_classes: int | None
+    drop: float
+
+    @abstractmethod
+    def forward(self, condition: Condition, dropped: Tensor | None = None) -> Tensor:
+        """Prefix tokens `[B, T, width]`; samples where `dropped` `[B]` is True get the null condition."""
+
+    @abstractmethod
+    def null(self, condition: Condition) -> Condition:
+        """The null condition to guide away from, of the same size (and mask)."""
+
+
+class ClassPrefix(Conditioner):
+    """A single token per class; label `num_classes` is the null class.
+
+    Args:
+        num_classes: classes.
+        width: of the token.
+        drop: probability of the null class in training; without it (0) there is no null class, so no guidance.
+    """
+
+    length = 1
+
+    def __init__(self, *, num_classes: int, width: int, drop: float) -> None:
+        super().__init__()
+        self.num_classes, self.drop = num_classes, drop
+        self.table = nn.Embedding(num_classes + (drop > 0), width)
+
+    def forward(self, condition: Condition, dropped: Tensor | None = None) -> Tensor:
+        labels = condition.labels
+        if labels is None:
+            labels = self.null(condition).labels
+        if dropped is not None:
+            labels = labels.masked_fill(dropped, self.num_classes)
+        return self.table(labels)[:, None]
+
+    def null(self, condition: Condition) -> Condition:
+        if self.drop == 0:
+            raise ValueError(
+                "this model was trained without dropping its class (drop=0), so it has no null class: sample with "
+                "labels and without guidance."
+            )
+        return Condition.classes(torch.full((condition.size,), self.num_classes, device=self.table.weight.device))
+
+
+class TextPrefix(Conditioner):
+    """Text features, padded to a fixed length, through a two-layer MLP; a fixed random caption is the null one.
+
+    Args:
+        length: number of prefix tokens; features of shorter captions are padded on the left with zeros.
+        channels: of the text features (2048 for FLAN-T5 XL).
+        width: of the tokens.
+        drop: probability of the null caption in training; its mask stays that of the caption, as officially.
+    """
+
+    num_classes = None
+
+    def __init__(self, *, length: int, channels: int, width: int, drop: float) -> None:
+        super().__init__()
+        self.length, self.drop = length, drop
+        self.projection = nn.Sequential(nn.Linear(channels, width, bias=False), nn.GELU(approximate="tanh"),
+                                        nn.Linear(width, width, bias=False))
+        self.register_buffer("null_features", torch.randn(length, channels) / channels**0.5)
+
+    def forward(self, condition: Condition, dropped: Tensor | None = None) -> Tensor:
+        features = condition.features
+        if features is None:
+            features = self.null(condition).features
+        if features.shape[1:] != self.null_features.shape:
+            raise ValueError(f"text features must be [B, {', '.join(map(str, self.null_features.shape))}], padded on "
+                             f"the left, got {list(features.shape)}.")
+        if dropped is not None:
+            features = torch.where(dropped[:, None, None], self.null_features, features)
+        return self.projection(features.to(self.projection[0].weight.dtype))
+
+    def null(self, condition: Condition) -> Condition:
+        features = self.null_features.expand(condition.size, -1, -1)
+        mask = condition.mask
+        if mask is None:
+            mask = torch.ones(condition.size, self.length, dtype=torch.bool, device=features.device)
+        return Condition.text(features, mask)

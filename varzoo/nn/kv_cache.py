@@ -1,0 +1,31 @@
+"""A preallocated key-value cache: an explicit argument of the model, never state of a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer, `[layers, B, heads, slots, head_dim]`.
+
+    Args:
+        layers, batch, heads, slots, head_dim: sizes.
+        dtype, device: of the stored tensors.
+
+    Attributes:
+        reach: attention reads slots 0 .. reach - 1; the decoding sets it before it feeds. Kept at `slots`, every call
+            has the same shapes, as compilation wants; raised step by step, eager decoding reads only what is there.
+    """
+
+    def __init__(self, *, layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype: torch.dtype,
+                 device: torch.device | str) -> None:
+        self.keys = torch.zeros(layers, batch, heads, slots, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.reach = slots
+
+    def update(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values `[B, heads, n, head_dim]` at `slots` `[n]`; return all that attention may read."""
+        self.keys[layer].index_copy_(2, slots, keys.to(self.keys.dtype))
+        self.values[layer].index_copy_(2, slots, values.to(self.values.dtype))
+        return self.keys[layer, :, :, :self.reach], self.values[layer, :, :, :self.reach]
