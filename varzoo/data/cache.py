@@ -1,0 +1,299 @@
+"""Caches of what a tokenizer makes of a data set, so that a generator's training need not encode the same image again.
+
+A cache is a folder:
+
+    manifest.json     what it holds: tokenizer (name, hash of its weights), TokenSpec, data set, views, dtype, shape
+    compressed.npy    `[images, views, *shape]`: ids or posterior moments, as `Tokenizer.compress` gives them
+    labels.npy        `[images]` int64
+
+It grows in a folder called NAME.partial, in blocks of fixed images whatever the number of processes, so that one and
+many write the same bytes. Each process notes finished blocks in a log of its own; a killed build goes on from there.
+When every block is written the folder is renamed, so a folder without ".partial" is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from varzoo.core.checkpoint import weights_hash
+from varzoo.core.draws import Draws
+from varzoo.core.spec import TokenSpec
+from varzoo.data.datasets import LabelledImages
+from varzoo.data.sampler import Example
+from varzoo.data.transforms import draw_view
+from varzoo.tokenizers.base import Tokenizer
+
+FORMAT = 1
+MANIFEST, COMPRESSED, LABELS = "manifest.json", "compressed.npy", "labels.npy"
+REBUILD = "delete the folder and build the cache again."
+
+
+def build_cache(folder: str | Path, *, tokenizer: Tokenizer, dataset: LabelledImages, batch_size: int = 64,
+                num_workers: int = 0, rank: int = 0, world_size: int = 1, rebuild: bool = False,
+                progress: bool = True) -> Path:
+    """Write every view of every image of `dataset`, compressed by `tokenizer`, into `folder`, or go on doing so.
+
+    With several processes, each calls this with its rank and writes its share; the cache is complete once all have
+    returned. A complete cache that agrees is left as it is.
+
+    Args:
+        folder: where the cache is to be.
+        tokenizer: on the device where it is to run; it is put into eval mode.
+        dataset: its views are written; its transform must be one whose views can be listed.
+        batch_size: images per block. An interrupted build must go on with the same.
+        num_workers: processes that decode images.
+        rank: this process among `world_size`.
+        world_size: how many processes build.
+        rebuild: delete what is there if it belongs to something else, instead of refusing; for one process only.
+        progress: show a progress bar on rank 0.
+
+    Raises:
+        ValueError: the folder, or its unfinished twin, is another tokenizer's or another data set's.
+    """
+    if rebuild and world_size > 1:
+        raise ValueError("rebuild=true deletes what other processes may be writing; delete the folder before starting.")
+    folder = Path(folder)
+    partial = _partial(folder)
+    tokenizer.eval()
+    manifest = _describe(tokenizer, dataset)
+    if folder.exists() and _agrees(folder, manifest, rebuild):
+        return folder
+    manifest["block"] = batch_size
+    if (partial / MANIFEST).exists():
+        _agrees(partial, manifest, rebuild)
+    partial.mkdir(parents=True, exist_ok=True)
+    blocks = [range(start, min(start + batch_size, len(dataset))) for start in range(0, len(dataset), batch_size)]
+    finished = _finished(partial)
+    todo = [number for number in range(rank, len(blocks), world_size) if number not in finished]
+    loader = DataLoader(_AllViews(dataset), batch_sampler=[list(blocks[number]) for number in todo],
+                        num_workers=num_workers)
+    writer = None
+    bar = tqdm(zip(todo, loader), total=len(todo), desc=f"caching {dataset.name}", disable=not progress or rank > 0)
+    for number, images in bar:
+        compressed = _compress(tokenizer, images)
+        writer = writer or _Writer(partial, manifest, compressed, dataset, rank)
+        writer.write(number, blocks[number], compressed)
+    if len(_finished(partial)) == len(blocks):
+        _complete(partial, folder)
+    return folder
+
+
+class CachedTokens(Dataset):
+    """A finished cache as a data set of `dict(compressed, label, index)`, memory-mapped.
+
+    `compressed` is what `Tokenizer.tokens` takes: int64 ids or float32 moments. The view is drawn by (seed, index,
+    iteration) exactly as the data set itself would draw it, so training with and without the cache sees the same.
+
+    Args:
+        folder: a cache that `build_cache` has completed.
+        tokenizer: the tokenizer it must be of.
+        seed: seed of the drawn views.
+
+    Attributes:
+        labels: the class of every image, int64.
+        class_names: one name per class.
+        manifest: what the cache says about itself.
+
+    Raises:
+        FileNotFoundError: there is no complete cache.
+        ValueError: it is another tokenizer's, of another format, truncated or otherwise damaged.
+    """
+
+    def __init__(self, *, folder: str | Path, tokenizer: Tokenizer, seed: int = 0) -> None:
+        folder = Path(folder)
+        self.manifest = _read_manifest(folder)
+        _require_same_tokenizer(folder, self.manifest, _describe_tokenizer(tokenizer))
+        self.seed = seed
+        self.class_names = tuple(self.manifest["class_names"])
+        count, views = self.manifest["dataset"]["count"], self.manifest["views"]
+        self._compressed = _mapped(folder / COMPRESSED, (count, views, *self.manifest["shape"]), self.manifest["dtype"])
+        self.labels = torch.from_numpy(np.array(_mapped(folder / LABELS, (count,), "int64")))
+
+    @property
+    def spec(self) -> TokenSpec:
+        return TokenSpec(**self.manifest["spec"])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def views(self) -> int:
+        return self.manifest["views"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | Example) -> dict[str, Any]:
+        index, iteration = key if isinstance(key, tuple) else (int(key), 0)
+        if not 0 <= index < len(self):
+            raise IndexError(f"the cache has {len(self)} images; there is no image {index}.")
+        view = draw_view(self.views, Draws(self.seed, (index,)).keyed(iteration=iteration))
+        values = self._compressed[index, view]
+        compressed = torch.from_numpy(values.astype(np.int64 if values.dtype.kind == "u" else np.float32))
+        return {"compressed": compressed, "label": self.labels[index], "index": torch.tensor(index)}
+
+
+class _AllViews(Dataset):
+    """Every view of each image, `[views, 3, H, W]`."""
+
+    def __init__(self, dataset: LabelledImages) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.dataset.views(index)
+
+
+class _Writer:
+    """The arrays of an unfinished cache, and this process's log of finished blocks."""
+
+    def __init__(self, partial: Path, manifest: Mapping[str, Any], first: np.ndarray, dataset: LabelledImages,
+                 rank: int) -> None:
+        manifest = {**manifest, "dtype": first.dtype.name, "shape": list(first.shape[2:])}
+        _create(partial / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2)))
+        _create(partial / LABELS, lambda path: np.save(path, dataset.labels.numpy()))
+        shape = (len(dataset), *first.shape[1:])
+        _create(partial / COMPRESSED,
+                lambda path: np.lib.format.open_memmap(path, mode="w+", dtype=first.dtype, shape=shape).flush())
+        self._array = np.lib.format.open_memmap(partial / COMPRESSED, mode="r+")
+        self._log = partial / f"finished-{rank}.log"
+
+    def write(self, number: int, rows: range, compressed: np.ndarray) -> None:
+        self._array[rows.start:rows.stop] = compressed
+        self._array.flush()
+        with open(self._log, "a") as file:  # only after the data: a block is in the log or will be written again
+            file.write(f"[{number}]\n")
+
+
+def _create(path: Path, write: Callable[[Path], object]) -> None:
+    """Create a file unless it exists; of several processes that try at once one succeeds, and none sees half a file."""
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".creating-") as folder:
+        write(Path(folder) / path.name)
+        with contextlib.suppress(FileExistsError):
+            os.link(Path(folder) / path.name, path)
+
+
+def _finished(partial: Path) -> set[int]:
+    """Blocks that some process has noted as finished; a torn line says nothing, nor does one joined to the next."""
+    text = ""
+    for log in partial.glob("finished-*.log"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just completed the cache
+            text += log.read_text()
+    return {int(number) for number in re.findall(r"^\[(\d+)\]$", text, re.MULTILINE)}
+
+
+def _complete(partial: Path, folder: Path) -> None:
+    try:
+        os.rename(partial, folder)
+    except FileNotFoundError:  # another process was first
+        return
+    for log in folder.glob("finished-*.log"):
+        log.unlink()
+
+
+def _compress(tokenizer: Tokenizer, images: Tensor) -> np.ndarray:
+    """Images `[B, views, 3, H, W]` -> `[B, views, *shape]`, ids in the smallest unsigned type, moments in float32."""
+    device = next((tensor.device for tensor in tokenizer.state_dict().values()), torch.device("cpu"))
+    with torch.no_grad():
+        compressed = tokenizer.compress(images.flatten(0, 1).to(device)).cpu()
+    compressed = compressed.unflatten(0, images.shape[:2])
+    if tokenizer.spec.kind == "continuous":
+        return compressed.float().numpy()
+    if int(compressed.min()) < 0 or int(compressed.max()) >= tokenizer.spec.size:
+        raise ValueError(f"the tokenizer gave ids {int(compressed.min())} .. {int(compressed.max())}, outside its "
+                         f"codebook of {tokenizer.spec.size}.")
+    return compressed.numpy().astype(np.min_scalar_type(tokenizer.spec.size - 1))
+
+
+def _describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    identity = {"name": type(tokenizer).__name__, "hash": weights_hash(tokenizer.state_dict())}
+    return _as_json({"tokenizer": identity, "spec": asdict(tokenizer.spec)})
+
+
+def _describe(tokenizer: Tokenizer, dataset: LabelledImages) -> dict[str, Any]:
+    if tuple(tokenizer.image_size) != dataset.image_size:
+        raise ValueError(f"the tokenizer takes images of {tuple(tokenizer.image_size)}, {dataset.name} gives "
+                         f"{dataset.image_size}; set the data set's image_size to the tokenizer's.")
+    return {"format": FORMAT, **_describe_tokenizer(tokenizer), "dataset": dataset.describe(),
+            "class_names": list(dataset.class_names), "views": len(dataset.views(0))}
+
+
+def _as_json(value: Any) -> Any:
+    """The value as it will be read again: tuples have become lists."""
+    return json.loads(json.dumps(value))
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        advice = "build it first."
+        if _partial(folder).exists():
+            advice = f"{_partial(folder).name} is unfinished: call build_cache again to go on with it."
+        raise FileNotFoundError(f"there is no token cache at {folder}; {advice}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}); {REBUILD}") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; {REBUILD}")
+    return manifest
+
+
+def _require_same_tokenizer(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if found["tokenizer"] != expected["tokenizer"]:
+        theirs, ours = (" ".join(side["tokenizer"].values()) for side in (found, expected))
+        raise ValueError(f"{folder} is the cache of another tokenizer: {theirs}, not {ours}. Use that tokenizer, or "
+                         "build a cache of this one in another folder.")
+    if found["spec"] != expected["spec"]:
+        raise ValueError(f"{folder} holds {TokenSpec(**found['spec'])}, but the tokenizer makes "
+                         f"{TokenSpec(**expected['spec'])}.")
+
+
+def _agrees(folder: Path, manifest: Mapping[str, Any], replace: bool) -> bool:
+    """Whether the cache in `folder` is what `manifest` describes; if not, delete it (`replace`) or raise ValueError."""
+    try:
+        found = _read_manifest(folder)
+        _require_same_tokenizer(folder, found, manifest)
+        differing = [name for name, value in manifest.items() if found.get(name) != value]
+        if differing:
+            raise ValueError(f"{folder} is another cache: " + "; ".join(
+                f"{name} is {found.get(name)}, expected {manifest[name]}" for name in differing) + ".")
+    except (ValueError, FileNotFoundError) as error:
+        if not replace:
+            raise ValueError(f"{error} Choose another folder, delete it, or build with rebuild=true.") from error
+        shutil.rmtree(folder)
+        return False
+    return True
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is missing or truncated ({error}); {REBUILD}") from error
+    if array.shape != shape or array.dtype != np.dtype(dtype):
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, its manifest says {dtype} {shape}; {REBUILD}")
+    return array
