@@ -1,0 +1,1 @@
+"""Training: LightningModules, objectives, optimisation, and the run that puts them together."""
