@@ -1,0 +1,58 @@
+"""Optimiser parts that configs put together: parameter groups and learning-rate factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+def parameter_groups(model: nn.Module, *, decays: Callable[[str, nn.Parameter], bool],
+                     weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for an optimiser: trainable parameters that decay, and those that do not.
+
+    Args:
+        model: whose parameters.
+        decays: whether a named parameter decays, such as `Generator.decays`.
+        weight_decay: of those that do.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[decays(name, parameter)].append(parameter)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupConstant:
+    """Learning-rate factor of a step (for LambdaLR): linear from 0 over `warmup` steps, then 1."""
+
+    warmup: float
+
+    def __call__(self, step: float) -> float:
+        return step / self.warmup if step < self.warmup else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupCosine:
+    """Learning-rate factor of a step: linear from 0 over `warmup` steps, then half a cosine to `floor` at `total`.
+
+    `floor` is a share of the full learning rate; it stays there after `total`.
+    """
+
+    warmup: float
+    total: float
+    floor: float
+
+    def __post_init__(self) -> None:
+        if self.total <= self.warmup:
+            raise ValueError(f"the warm-up of {self.warmup:g} steps must end before the total of {self.total:g} steps.")
+
+    def __call__(self, step: float) -> float:
+        if step < self.warmup:
+            return step / self.warmup
+        progress = min(1.0, (step - self.warmup) / (self.total - self.warmup))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
