@@ -18,8 +18,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from varzoo.core.checkpoint import weights_hash
 from varzoo.core.draws import Draws
 from varzoo.core.spec import TokenSpec
 from varzoo.data.datasets import LabelledImages
+from varzoo.data.files import create_once
 from varzoo.data.sampler import Example
 from varzoo.data.transforms import draw_view
 from varzoo.tokenizers.base import Tokenizer
@@ -168,11 +168,11 @@ class _Writer:
     def __init__(self, partial: Path, manifest: Mapping[str, Any], first: np.ndarray, dataset: LabelledImages,
                  rank: int) -> None:
         manifest = {**manifest, "dtype": first.dtype.name, "shape": list(first.shape[2:])}
-        _create(partial / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2)))
-        _create(partial / LABELS, lambda path: np.save(path, dataset.labels.numpy()))
+        create_once(partial / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2)))
+        create_once(partial / LABELS, lambda path: np.save(path, dataset.labels.numpy()))
         shape = (len(dataset), *first.shape[1:])
-        _create(partial / COMPRESSED,
-                lambda path: np.lib.format.open_memmap(path, mode="w+", dtype=first.dtype, shape=shape).flush())
+        create_once(partial / COMPRESSED,
+                    lambda path: np.lib.format.open_memmap(path, mode="w+", dtype=first.dtype, shape=shape).flush())
         self._array = np.lib.format.open_memmap(partial / COMPRESSED, mode="r+")
         self._log = partial / f"finished-{rank}.log"
 
@@ -181,16 +181,6 @@ class _Writer:
         self._array.flush()
         with open(self._log, "a") as file:  # only after the data: a block is in the log or will be written again
             file.write(f"[{number}]\n")
-
-
-def _create(path: Path, write: Callable[[Path], object]) -> None:
-    """Create a file unless it exists; of several processes that try at once one succeeds, and none sees half a file."""
-    if path.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".creating-") as folder:
-        write(Path(folder) / path.name)
-        with contextlib.suppress(FileExistsError):
-            os.link(Path(folder) / path.name, path)
 
 
 def _finished(partial: Path) -> set[int]:

@@ -1,7 +1,7 @@
 """From a picture of any size to the picture that a model sees.
 
 A transform turns a PIL RGB image into one of exactly `image_size`. Those with a fixed list of `views` (plain and
-mirrored; ten crops) can be cached, since every view can be written down; those without (a random crop) draw afresh every
+mirrored; ten crops) can be cached, since every view can be written down; those without (a random crop) draw afresh each
 time. What is drawn is looked up by (seed, dataset index, iteration) in `varzoo.core.draws`: nothing is consumed, so an
 item is the same in every worker, on every rank and after every resumed run.
 """

@@ -45,9 +45,10 @@ class SampleSet:
         if inside.any():
             self._grow(int(indices[inside].max()) + 1)
         mask = torch.zeros_like(inside)
-        for row in inside.nonzero().flatten().tolist():  # one by one: a batch may repeat an index
-            mask[row] = not self.seen[indices[row]]
-            self.seen[indices[row]] = True
+        mask[np.unique(indices.numpy(), return_index=True)[1]] = True  # a batch may repeat an index
+        mask &= inside
+        mask[inside] &= ~self.seen[indices[inside]]
+        self.seen[indices[mask]] = True
         return mask
 
     def merge(self, other: SampleSet) -> None:
