@@ -8,12 +8,14 @@ and ends in what a cache stores (ids, or the moments of a posterior), `tokens` t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.errors import unknown
+from varzoo.core.keymap import KeyMap
 from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
 
@@ -72,6 +74,18 @@ class Tokenizer(nn.Module, ABC):
         What compares reconstruction and original (L1 or L2, LPIPS, adversarial) belongs to the training objective, not
         to the tokenizer; `parts` may carry statistics such as codebook usage and perplexity.
         """
+
+    def calibrate(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """Constructor arguments to be measured on training images after training, such as the latent scale.
+
+        They are set on this tokenizer too. `batches` are images `[B, 3, H, W]` in [-1, 1]; by default nothing is
+        measured.
+        """
+        return {}
+
+    @abstractmethod
+    def key_maps(self) -> dict[str, KeyMap]:
+        """Official checkpoint layouts by name."""
 
     def last_decoder_weight(self) -> Tensor:
         """The weight of the last decoder layer, against whose gradients an adaptive adversarial weight is measured."""

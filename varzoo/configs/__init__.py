@@ -1,0 +1,1 @@
+"""Hydra configs: the registry of varzoo."""

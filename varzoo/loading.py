@@ -1,0 +1,167 @@
+"""From configs and checkpoints to models that fit together."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from varzoo.core.checkpoint import existing, load_strictly, read_config, read_weights
+from varzoo.core.draws import Draws
+from varzoo.core.errors import unknown
+from varzoo.core.spec import require_same_tokens
+from varzoo.generators.base import Condition, Generator
+from varzoo.samplers.base import Callback, Counts, Sampler
+from varzoo.tokenizers.base import Tokenizer
+
+TOKENIZER_FILE, GENERATOR_FILE = "tokenizer.safetensors", "generator.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A tokenizer, a generator and a sampler that fit together.
+
+    Raises:
+        ValueError: they do not, with the reason.
+    """
+
+    tokenizer: Tokenizer
+    generator: Generator
+    sampler: Sampler
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_same_tokens(self.tokenizer.spec, self.generator.spec)
+        self.sampler.check(self.generator)
+
+    @torch.no_grad()
+    def sample(self, condition: Condition | list[int], *, seed: int = 0, samples: range | None = None,
+               callback: Callback | None = None) -> tuple[Tensor, Counts]:
+        """Draw images.
+
+        Args:
+            condition: what to draw; a list of class ids for short.
+            seed: the run's seed; together with the sample index it determines an image.
+            samples: index of every image, from 0 on by default.
+
+        Returns:
+            uint8 `[B, 3, H, W]` and what they took.
+        """
+        if not isinstance(condition, Condition):
+            condition = Condition.classes(torch.tensor(condition))
+        device = next(self.generator.parameters()).device
+        draws = Draws(seed, tuple(samples if samples is not None else range(condition.size)), device)
+        sampled = self.sampler.sample(self.generator, condition.to(device), draws, callback)
+        return self.tokenizer.to_uint8(self.tokenizer.decode(sampled.tokens)), sampled.counts
+
+
+def build(config: Mapping[str, Any] | DictConfig) -> Any:
+    """Instantiate a config node. Raises ValueError with the cause, not Hydra's trace of it."""
+    try:
+        return instantiate(config, _convert_="all")
+    except Exception as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError | FileNotFoundError):
+            raise cause from None
+        raise
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load a checkpoint of ours or of the official code into a model, strictly, and put it into eval mode."""
+    path = existing(path)
+    state = read_weights(path)
+    own = set(model.state_dict())
+    if set(state) != own:
+        problems = []
+        for layout, key_map in model.key_maps().items():
+            try:
+                translated = key_map.to_ours(state)
+            except ValueError as error:
+                problems.append(f"{layout}: {error}")
+                continue
+            # An official file may leave out statistics that only training needs; ours are then kept.
+            load_strictly(model, translated, f"{path} (official layout {layout!r})")
+            return model.eval()
+        raise ValueError(f"{path} fits no layout of {type(model).__name__}. {' '.join(problems)}")
+    load_strictly(model, state, str(path))
+    return model.eval()
+
+
+def load_tokenizer(checkpoint: str | Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
+    """A tokenizer from a file, or from a run's folder; its config stands in the file, or is given."""
+    path = Path(checkpoint) / TOKENIZER_FILE if Path(checkpoint).is_dir() else Path(checkpoint)
+    header = read_config(path)
+    if header is None and config is None:
+        raise ValueError(f"{path} carries no config; name it, as in `tokenizer=vq16 tokenizer_checkpoint={path}`.")
+    return load_weights(build(config if header is None else header["tokenizer"]), path)
+
+
+def compose_config(name: str, overrides: list[str]) -> DictConfig:
+    """Compose one of the package's configs outside of a Hydra application."""
+    if GlobalHydra.instance().is_initialized():
+        return compose(name, overrides)
+    with initialize_config_module("varzoo.configs", version_base="1.3"):
+        return compose(name, overrides)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models (tokenizer, generator and sampler settings together) that `load` takes."""
+    folder = resources.files("varzoo.configs") / "model"
+    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return [name for name in names if fnmatch.fnmatch(name, pattern) and not name.startswith("_")]
+
+
+def load(name_or_path: str | Path, *, checkpoint: str | Path | None = None,
+         tokenizer_checkpoint: str | Path | None = None, overrides: list[str] | None = None) -> Model:
+    """Load a model by name (`list_models`) with its official files, or from a run's folder or generator file.
+
+    Args:
+        name_or_path: "llamagen_b_256", or "runs/digits_llamagen".
+        checkpoint: the generator's file, for a model by name.
+        tokenizer_checkpoint: the tokenizer's file, for a model by name.
+        overrides: Hydra overrides, such as "sampler.guidance.scale=3".
+
+    Raises:
+        FileNotFoundError: a checkpoint is missing; it is never replaced by random weights.
+        ValueError: a file does not fit, or the name is unknown.
+    """
+    overrides = list(overrides or [])
+    path = Path(name_or_path)
+    if path.exists():
+        return load_run(path, overrides)
+    if str(name_or_path) not in list_models():
+        raise unknown("model or run", name_or_path, list_models())
+    config = compose_config("sample", [f"model={name_or_path}", *overrides])
+    return from_config(config, checkpoint, tokenizer_checkpoint)
+
+
+def load_run(path: Path, overrides: list[str]) -> Model:
+    """Load what `train.py` left in a folder, or its generator file; the tokenizer lies beside it."""
+    path = path / GENERATOR_FILE if path.is_dir() else path
+    header = read_config(path)
+    if header is None:
+        raise ValueError(f"{path} carries no config; name its model, as in `model=mar_b checkpoint={path}`.")
+    config = OmegaConf.create({"sampler": header["sampler"]})
+    changes = OmegaConf.from_dotlist([change for change in overrides if change.startswith("sampler.")])
+    return Model(tokenizer=load_tokenizer(path.parent / TOKENIZER_FILE),
+                 generator=load_weights(build(header["generator"]), path),
+                 sampler=build(OmegaConf.merge(config, changes).sampler), class_names=tuple(header["class_names"]))
+
+
+def from_config(config: DictConfig, checkpoint: str | Path | None, tokenizer_checkpoint: str | Path | None) -> Model:
+    """Build the tokenizer, generator and sampler of a composed config and load the two files."""
+    if checkpoint is None or tokenizer_checkpoint is None:
+        missing = "checkpoint" if checkpoint is None else "tokenizer_checkpoint"
+        raise FileNotFoundError(f"give {missing}=FILE; `varzoo.hub` names where official files are published.")
+    return Model(tokenizer=load_tokenizer(tokenizer_checkpoint, config.tokenizer),
+                 generator=load_weights(build(config.generator), checkpoint), sampler=build(config.sampler))

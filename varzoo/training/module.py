@@ -1,0 +1,133 @@
+"""What training a tokenizer and training a generator have in common.
+
+A run is a function of its seed and its step number: batches, draws and dropout are all keyed by the iteration, so that a
+killed run, resumed from its last checkpoint, ends with the weights it would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from varzoo.core.draws import Draws
+from varzoo.core.losses import Losses
+from varzoo.training.optim import LearningRate, parameter_groups
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+
+
+class TrainingModule(pl.LightningModule, ABC):
+    """A model being trained, with its moving average.
+
+    Args:
+        model: the tokenizer or generator.
+        optimizer: parameter groups -> optimizer (a partial of a torch.optim class).
+        learning_rate: the factor of the learning rate at every step.
+        steps: length of the run.
+        seed: the run's seed.
+        ema_decay: decay per step of the exponential moving average of the weights, None for none.
+        folder: where a batch that gave a non-finite loss is kept.
+    """
+
+    def __init__(self, *, model: nn.Module, optimizer: OptimizerFactory, learning_rate: LearningRate, steps: int,
+                 seed: int, ema_decay: float | None, folder: Path) -> None:
+        super().__init__()
+        self.model = model
+        self.ema: AveragedModel | None = None
+        if ema_decay is not None:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(False)
+        self.optimizer, self.learning_rate = optimizer, learning_rate
+        self.steps, self.seed, self.folder = steps, seed, folder
+        self.iteration = 0
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The weights to sample with: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.iteration / self.steps)
+
+    def draws(self, indices: Tensor, iteration: int | None = None) -> Draws:
+        """The draws of this iteration (or another) for the given dataset indices."""
+        iteration = self.iteration if iteration is None else iteration
+        return Draws(self.seed, tuple(indices.tolist()), self.device).keyed(iteration=iteration)
+
+    @abstractmethod
+    def losses(self, batch: Mapping[str, Tensor]) -> Losses:
+        """The losses of a batch: a function of the weights, the batch and the iteration."""
+
+    def compute(self, batch: Mapping[str, Tensor]) -> Losses:
+        """The losses, logged; dropout is keyed by seed, iteration and rank. Raises FloatingPointError if not finite."""
+        label = repr((self.seed, self.iteration, self.global_rank))
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(label.encode(), digest_size=7).digest(), "little"))
+        losses = self.losses(batch)
+        if not torch.isfinite(losses.total):
+            raise FloatingPointError(self._report_nonfinite(losses, batch))
+        values = {"loss": losses.total.detach(), **losses.parts}
+        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch["index"]))
+        return losses
+
+    def follow(self) -> None:
+        """Let the moving average follow a step of the optimizer."""
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and kin over the decay groups of the model, the learning rate set per step."""
+        decays = getattr(self.model, "decays", lambda name, parameter: parameter.ndim >= 2)
+        optimizer = self.optimizer(parameter_groups(self.model, decays))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.follow()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["iteration"] = self.iteration
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.iteration = checkpoint["iteration"]
+
+    def _report_nonfinite(self, losses: Losses, batch: Mapping[str, Tensor]) -> str:
+        path = self.folder / f"nonfinite_step_{self.iteration:06d}.pt"
+        torch.save({"iteration": self.iteration, "seed": self.seed, "batch": dict(batch)}, path)
+        parts = ", ".join(f"{name} {float(value):g}" for name, value in losses.parts.items())
+        module = first_nonfinite_module(self.model, lambda: self.losses(batch))
+        return (f"the loss became {float(losses.total)} at step {self.iteration} ({parts}). First to be not finite: "
+                f"{module}. The batch is kept in {path}. Lower the learning rate, clip gradients, or train in float32.")
+
+
+def first_nonfinite_module(model: nn.Module, rerun: Callable[[], object]) -> str:
+    """Name the module whose weights, or whose output on a rerun, are the first that are not finite."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"weights of {name}"
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            tensors = output if isinstance(output, tuple | list) else [output]
+            if any(isinstance(tensor, Tensor) and not torch.isfinite(tensor).all() for tensor in tensors):
+                found.append(name)
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            rerun()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"output of {found[0]}" if found else "the loss itself, after finite outputs of all modules"

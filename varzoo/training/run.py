@@ -1,0 +1,189 @@
+"""A training run: from a composed config to a folder that holds everything it made.
+
+    config.yaml             what was run
+    checkpoints/last.ckpt   everything needed to go on
+    logs/, tensorboard/     metrics (CSV, one file per resumption; TensorBoard)
+    samples/                grids of samples, or of originals and reconstructions
+    curve.png               losses over the steps
+    tokenizer.safetensors   the tokenizer: trained here, or copied so that the folder is complete by itself
+    generator.safetensors   the averaged weights, their config in the header
+
+Started again with the same config, a run goes on where it was, or says that it is done; with another config, the folder is
+refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from varzoo.core.checkpoint import atomic_path, read_config, save_weights, weights_hash
+from varzoo.core.spec import require_same_tokens
+from varzoo.loading import GENERATOR_FILE, TOKENIZER_FILE, build, compose_config, load_tokenizer
+from varzoo.training.callbacks import ReconstructionGrid, SampleGrid, StepBar, plot_curves, read_metrics
+from varzoo.training.data import ImageData, TokenData
+from varzoo.training.generator import GeneratorTraining
+from varzoo.training.module import TrainingModule
+from varzoo.training.tokenizer import TokenizerTraining
+
+# What may differ when a run is taken up again: where and how it runs, how often it reports, how long it is.
+FREE = {"run_dir", "overwrite", "trainer", "num_workers", "steps", "log_every", "validate_every", "checkpoint_every",
+        "samples_every", "tokenizer_checkpoint", "cache", "accumulate"}
+
+log = logging.getLogger(__name__)
+
+
+def train(config: DictConfig) -> Path:
+    """Train what the config says and return the run's folder.
+
+    Raises:
+        ValueError: the folder holds another run, or parts of the config do not fit together.
+        FileNotFoundError: the tokenizer's checkpoint is missing and no experiment is named to make it.
+        FloatingPointError: the loss became nan or infinite.
+    """
+    folder = Path(config.run_dir)
+    primary = int(os.environ.get("LOCAL_RANK", 0)) == 0 and int(os.environ.get("NODE_RANK", 0)) == 0
+    if primary:
+        check_folder(folder, config)
+    done = (GENERATOR_FILE if config.generator is not None else TOKENIZER_FILE, config.steps)
+    if trained_steps(folder / done[0]) == done[1]:
+        log.info("%s is trained already (%d steps); overwrite=true trains it anew.", folder, config.steps)
+        return folder
+    torch.manual_seed(config.seed)
+    module, data, pictures = (generator_parts if config.generator is not None else tokenizer_parts)(config, folder)
+    if primary:
+        with atomic_path(folder / "config.yaml") as temporary:
+            temporary.write_text(OmegaConf.to_yaml(config, resolve=True))
+    trainer = make_trainer(config, folder, module, [*pictures, StepBar()])
+    last = folder / "checkpoints" / "last.ckpt"
+    # Older Lightning versions have no such argument and load as torch does by default: safely too.
+    safely = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    trainer.fit(module, data, ckpt_path=last if last.exists() else None, **safely)
+    if trainer.is_global_zero:
+        export(config, folder, module, data)
+        plot_curves(folder / "curve.png", read_metrics(folder / "logs"), config.name)
+    trainer.strategy.barrier()
+    return folder
+
+
+def check_folder(folder: Path, config: DictConfig) -> None:
+    """Raise ValueError if the folder holds something else; delete another run where the config says so."""
+    path = folder / "config.yaml"
+    mine = OmegaConf.to_container(config, resolve=True)
+    if config.overwrite and path.exists():
+        shutil.rmtree(folder)
+    if path.exists():
+        theirs = OmegaConf.to_container(OmegaConf.load(path))
+        different = [key for key in sorted(mine.keys() | theirs.keys())
+                     if key not in FREE and mine.get(key) != theirs.get(key)]
+        if different:
+            raise ValueError(
+                f"{folder} holds another run: {', '.join(different)} differ (see {path}). Choose another run_dir=..., "
+                "or overwrite=true to delete it."
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and not a run's folder; choose another run_dir=...")
+
+
+def trained_steps(path: Path) -> int | None:
+    """The length of the finished run that wrote a weights file, None if there is none."""
+    return (read_config(path) or {}).get("steps") if path.exists() else None
+
+
+def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, pl.LightningDataModule, list[Any]]:
+    """What trains a tokenizer."""
+    module = TokenizerTraining(tokenizer=build(config.tokenizer), objective=build(config.objective), clip=config.clip,
+                               **common(config, folder))
+    data = ImageData(**image_settings(config))
+    pictures = [ReconstructionGrid(every=config.samples_every, folder=folder / "samples", dataset=data.heldout)]
+    return module, data, pictures if config.samples_every else []
+
+
+def generator_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, pl.LightningDataModule, list[Any]]:
+    """What trains a generator, its tokenizer made first where an experiment for it is named."""
+    tokenizer = find_tokenizer(config, folder)
+    generator, sampler = build(config.generator), build(config.sampler)
+    require_same_tokens(tokenizer.spec, generator.spec)
+    sampler.check(generator)
+    module = GeneratorTraining(generator=generator, tokenizer=tokenizer, posterior=config.posterior,
+                               **common(config, folder))
+    data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), **image_settings(config))
+    pictures = [SampleGrid(every=config.samples_every, folder=folder / "samples", sampler=sampler,
+                           class_names=data.train.class_names)]
+    return module, data, pictures if config.samples_every else []
+
+
+def find_tokenizer(config: DictConfig, folder: Path) -> Any:
+    """The run's tokenizer, copied into its folder; trained first if it is missing and its experiment is named."""
+    copy = folder / TOKENIZER_FILE
+    if not copy.exists():
+        source = config.tokenizer_checkpoint
+        if source is None:
+            raise FileNotFoundError("training a generator needs tokenizer_checkpoint=FILE or a tokenizer's run folder.")
+        source = Path(source)
+        path = source if source.is_file() else source / TOKENIZER_FILE
+        if not path.exists() and config.tokenizer_experiment is not None:
+            log.info("no tokenizer at %s yet: training experiment=%s first", path, config.tokenizer_experiment)
+            train(compose_config("train", [f"experiment={config.tokenizer_experiment}", f"run_dir={source}",
+                                           f"seed={config.seed}"]))
+        tokenizer = load_tokenizer(path, config.tokenizer)
+        header = read_config(path) or {"tokenizer": OmegaConf.to_container(config.tokenizer, resolve=True)}
+        save_weights(copy, tokenizer.state_dict(), header)
+    return load_tokenizer(copy)
+
+
+def image_settings(config: DictConfig) -> dict[str, Any]:
+    data = build({name: config.data[name] for name in ("train", "heldout")})
+    return {**data, "batch_size": config.batch_size // config.accumulate, "seed": config.seed,
+            "num_workers": config.num_workers}
+
+
+def common(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """Settings that all training modules take."""
+    return {"optimizer": build(config.optimizer), "learning_rate": build(config.learning_rate), "steps": config.steps,
+            "seed": config.seed, "ema_decay": config.ema_decay, "folder": folder}
+
+
+def make_trainer(config: DictConfig, folder: Path, module: TrainingModule, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Lightning's trainer over steps, not epochs; clipping is the module's where it optimises by hand."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    checkpoints = ModelCheckpoint(folder / "checkpoints", "last", every_n_train_steps=config.checkpoint_every,
+                                  enable_version_counter=False)
+    resumption = len(list((folder / "logs").glob("*")))
+    loggers = [CSVLogger(folder, "logs", f"part_{resumption:03d}"), TensorBoardLogger(folder, "tensorboard", "")]
+    return pl.Trainer(
+        **OmegaConf.to_container(config.trainer, resolve=True), max_steps=config.steps, logger=loggers,
+        callbacks=[checkpoints, LearningRateMonitor("step"), *callbacks], default_root_dir=folder,
+        gradient_clip_val=config.clip if module.automatic_optimization else None,
+        accumulate_grad_batches=config.accumulate, val_check_interval=config.validate_every,
+        check_val_every_n_epoch=None, log_every_n_steps=config.log_every, num_sanity_val_steps=0,
+        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False)
+
+
+def export(config: DictConfig, folder: Path, module: TrainingModule, data: ImageData) -> None:
+    """Write the averaged weights with everything needed to build their model."""
+    node = lambda name: OmegaConf.to_container(config[name], resolve=True)  # noqa: E731
+    about = {"run": config.name, "steps": config.steps, "seed": config.seed}
+    if isinstance(module, TokenizerTraining):
+        tokenizer = module.averaged.eval()
+        batches = (batch["image"].to(module.device) for batch in DataLoader(data.train, batch_size=256))
+        measured = tokenizer.calibrate(batches)
+        save_weights(folder / TOKENIZER_FILE, tokenizer.state_dict(),
+                     {**about, "tokenizer": node("tokenizer") | measured})
+        return
+    save_weights(folder / GENERATOR_FILE, module.averaged.state_dict(),
+                 {**about, "generator": node("generator"), "sampler": node("sampler"),
+                  "tokenizer_hash": weights_hash(module.tokenizer.state_dict()),
+                  "class_names": list(data.train.class_names)})

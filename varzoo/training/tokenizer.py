@@ -1,0 +1,93 @@
+"""Training a tokenizer: reconstruction against an optional adversary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from varzoo.core.losses import Losses
+from varzoo.tokenizers.base import Tokenizer
+from varzoo.training.module import TrainingModule
+from varzoo.training.reconstruction import ReconstructionObjective
+
+
+class TokenizerTraining(TrainingModule):
+    """Teaches a tokenizer to reconstruct images; the adversary, if there is one, takes its turn after every step.
+
+    Args:
+        tokenizer: the model.
+        objective: what compares reconstruction and original.
+        clip: largest gradient norm of either side.
+        settings: see TrainingModule.
+    """
+
+    def __init__(self, *, tokenizer: Tokenizer, objective: ReconstructionObjective, clip: float | None,
+                 **settings: Any) -> None:
+        super().__init__(model=tokenizer, **settings)
+        self.objective, self.clip = objective, clip
+        self.automatic_optimization = False
+        self._reconstructions: Tensor | None = None
+
+    @property
+    def adversary(self) -> torch.nn.Module | None:
+        return self.objective.discriminator
+
+    def losses(self, batch: Mapping[str, Tensor]) -> Losses:
+        images = batch["image"]
+        self._reconstructions, bottleneck = self.model.reconstruction_losses(images, self.draws(batch["index"]))
+        last_weight = self.model.last_decoder_weight() if self.objective.adaptive else None
+        return self.objective.generator_losses(images, self._reconstructions, bottleneck, self.iteration, last_weight)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        optimizer, *rest = self.optimizers() if self.adversary is not None else [self.optimizers()]
+        if self.adversary is not None:
+            self.adversary.requires_grad_(False)
+        self._step(optimizer, self.compute(batch))
+        self.follow()
+        schedules = self.lr_schedulers()
+        for schedule in schedules if isinstance(schedules, list) else [schedules]:
+            schedule.step()
+        if self.adversary is not None:
+            self.adversary.requires_grad_(True)
+            losses = self.objective.discriminator_losses(batch["image"], self._reconstructions, self.iteration)
+            self.log_dict({f"train/{name}": value for name, value in losses.parts.items()})
+            # Lightning counts the steps of its own optimizers; the run is as long as the tokenizer's alone.
+            self._step(rest[0].optimizer, losses)
+        self._reconstructions = None
+        self.iteration += 1
+
+    def _step(self, optimizer: Any, losses: Losses) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        self.manual_backward(losses.total)
+        if self.clip is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip)
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        optimizers, schedules = super().configure_optimizers()
+        if self.adversary is not None:
+            optimizers.append(self.optimizer(self.adversary.parameters()))
+        return optimizers, schedules
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        for name in self._frozen():
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        checkpoint["state_dict"] |= self._frozen()
+
+    def _frozen(self) -> dict[str, Tensor]:
+        """The perceptual network's weights: half a gigabyte that no checkpoint needs."""
+        return {name: value for name, value in self.state_dict().items() if name.startswith("objective.perceptual.")}
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Mean squared error of the averaged weights' reconstructions of held-out images."""
+        images = batch["image"]
+        error = F.mse_loss(self.averaged.decode(self.averaged.encode(images)), images)
+        self.log("heldout/mse", error, batch_size=len(images), sync_dist=True)
