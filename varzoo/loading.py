@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from varzoo.core.checkpoint import existing, load_strictly, read_config, read_weights
@@ -135,27 +136,27 @@ def load(name_or_path: str | Path, *, checkpoint: str | Path | None = None,
         FileNotFoundError: a checkpoint is missing; it is never replaced by random weights.
         ValueError: a file does not fit, or the name is unknown.
     """
-    overrides = list(overrides or [])
-    path = Path(name_or_path)
+    overrides, path = list(overrides or []), Path(name_or_path)
     if path.exists():
-        return load_run(path, overrides)
-    if str(name_or_path) not in list_models():
+        checkpoint, tokenizer_checkpoint = register_run(path)
+        name_or_path = "run"
+    elif str(name_or_path) not in list_models():
         raise unknown("model or run", name_or_path, list_models())
-    config = compose_config("sample", [f"model={name_or_path}", *overrides])
+    config = compose_config("sample", [f"model={name_or_path}", f"checkpoint={checkpoint}", *overrides])
     return from_config(config, checkpoint, tokenizer_checkpoint)
 
 
-def load_run(path: Path, overrides: list[str]) -> Model:
-    """Load what `train.py` left in a folder, or its generator file; the tokenizer lies beside it."""
-    path = path / GENERATOR_FILE if path.is_dir() else path
+def register_run(path: Path) -> tuple[Path, Path]:
+    """Make what `train.py` left in a folder (or its generator file) the config `model=run`; return its two files."""
+    path = existing(path / GENERATOR_FILE if path.is_dir() else path)
     header = read_config(path)
-    if header is None:
-        raise ValueError(f"{path} carries no config; name its model, as in `model=mar_b checkpoint={path}`.")
-    config = OmegaConf.create({"sampler": header["sampler"]})
-    changes = OmegaConf.from_dotlist([change for change in overrides if change.startswith("sampler.")])
-    return Model(tokenizer=load_tokenizer(path.parent / TOKENIZER_FILE),
-                 generator=load_weights(build(header["generator"]), path),
-                 sampler=build(OmegaConf.merge(config, changes).sampler), class_names=tuple(header["class_names"]))
+    if header is None or "generator" not in header:
+        raise ValueError(f"{path} is no generator of varzoo's own; name its model, as in `model=mar_b checkpoint={path}`.")
+    tokenizer_path = existing(path.parent / TOKENIZER_FILE)
+    node = {name: header[name] for name in ("generator", "sampler", "class_names")}
+    node["tokenizer"] = read_config(tokenizer_path)["tokenizer"]
+    ConfigStore.instance().store(name="run", group="model", node=node, package="_global_")
+    return path, tokenizer_path
 
 
 def from_config(config: DictConfig, checkpoint: str | Path | None, tokenizer_checkpoint: str | Path | None) -> Model:
@@ -164,4 +165,5 @@ def from_config(config: DictConfig, checkpoint: str | Path | None, tokenizer_che
         missing = "checkpoint" if checkpoint is None else "tokenizer_checkpoint"
         raise FileNotFoundError(f"give {missing}=FILE; `varzoo.hub` names where official files are published.")
     return Model(tokenizer=load_tokenizer(tokenizer_checkpoint, config.tokenizer),
-                 generator=load_weights(build(config.generator), checkpoint), sampler=build(config.sampler))
+                 generator=load_weights(build(config.generator), checkpoint), sampler=build(config.sampler),
+                 class_names=tuple(config.class_names))

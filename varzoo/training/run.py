@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from varzoo.core.checkpoint import atomic_path, read_config, save_weights, weights_hash
 from varzoo.core.spec import require_same_tokens
 from varzoo.loading import GENERATOR_FILE, TOKENIZER_FILE, build, compose_config, load_tokenizer
+from varzoo.tokenizers.base import Tokenizer
 from varzoo.training.callbacks import ReconstructionGrid, SampleGrid, StepBar, plot_curves, read_metrics
 from varzoo.training.data import ImageData, TokenData
 from varzoo.training.generator import GeneratorTraining
@@ -65,6 +66,8 @@ def train(config: DictConfig) -> Path:
     if primary:
         with atomic_path(folder / "config.yaml") as temporary:
             temporary.write_text(OmegaConf.to_yaml(config, resolve=True))
+        if isinstance(module, GeneratorTraining):
+            keep_tokenizer(config, folder, module.tokenizer)
     trainer = make_trainer(config, folder, module, [*pictures, StepBar()])
     last = folder / "checkpoints" / "last.ckpt"
     # Older Lightning versions have no such argument and load as torch does by default: safely too.
@@ -112,35 +115,40 @@ def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, p
 
 def generator_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, pl.LightningDataModule, list[Any]]:
     """What trains a generator, its tokenizer made first where an experiment for it is named."""
-    tokenizer = find_tokenizer(config, folder)
-    generator, sampler = build(config.generator), build(config.sampler)
-    require_same_tokens(tokenizer.spec, generator.spec)
+    generator, sampler, settings = build(config.generator), build(config.sampler), common(config, folder)
     sampler.check(generator)
-    module = GeneratorTraining(generator=generator, tokenizer=tokenizer, posterior=config.posterior,
-                               **common(config, folder))
-    data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), **image_settings(config))
+    images = image_settings(config)
+    tokenizer = load_tokenizer(find_tokenizer(config, folder), config.tokenizer)
+    require_same_tokens(tokenizer.spec, generator.spec)
+    module = GeneratorTraining(generator=generator, tokenizer=tokenizer, posterior=config.posterior, **settings)
+    data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), **images)
     pictures = [SampleGrid(every=config.samples_every, folder=folder / "samples", sampler=sampler,
                            class_names=data.train.class_names)]
     return module, data, pictures if config.samples_every else []
 
 
-def find_tokenizer(config: DictConfig, folder: Path) -> Any:
-    """The run's tokenizer, copied into its folder; trained first if it is missing and its experiment is named."""
-    copy = folder / TOKENIZER_FILE
-    if not copy.exists():
-        source = config.tokenizer_checkpoint
-        if source is None:
-            raise FileNotFoundError("training a generator needs tokenizer_checkpoint=FILE or a tokenizer's run folder.")
-        source = Path(source)
-        path = source if source.is_file() else source / TOKENIZER_FILE
-        if not path.exists() and config.tokenizer_experiment is not None:
-            log.info("no tokenizer at %s yet: training experiment=%s first", path, config.tokenizer_experiment)
-            train(compose_config("train", [f"experiment={config.tokenizer_experiment}", f"run_dir={source}",
-                                           f"seed={config.seed}"]))
-        tokenizer = load_tokenizer(path, config.tokenizer)
-        header = read_config(path) or {"tokenizer": OmegaConf.to_container(config.tokenizer, resolve=True)}
-        save_weights(copy, tokenizer.state_dict(), header)
-    return load_tokenizer(copy)
+def find_tokenizer(config: DictConfig, folder: Path) -> Path:
+    """The tokenizer's file: the run's copy, or the one named; trained first if missing and its experiment is named."""
+    if (folder / TOKENIZER_FILE).exists():
+        return folder / TOKENIZER_FILE
+    if config.tokenizer_checkpoint is None:
+        raise FileNotFoundError("training a generator needs tokenizer_checkpoint=FILE or a tokenizer's run folder.")
+    source = Path(config.tokenizer_checkpoint)
+    path = source if source.is_file() else source / TOKENIZER_FILE
+    if not path.exists() and config.tokenizer_experiment is not None:
+        log.info("no tokenizer at %s yet: training experiment=%s first", path, config.tokenizer_experiment)
+        train(compose_config("train", [f"experiment={config.tokenizer_experiment}", f"run_dir={source}",
+                                       f"seed={config.seed}"]))
+    return path
+
+
+def keep_tokenizer(config: DictConfig, folder: Path, tokenizer: Tokenizer) -> None:
+    """Copy a generator's tokenizer into its folder, with its config."""
+    path = folder / TOKENIZER_FILE
+    if not path.exists():
+        header = read_config(find_tokenizer(config, folder))
+        header = header or {"tokenizer": OmegaConf.to_container(config.tokenizer, resolve=True)}
+        save_weights(path, tokenizer.state_dict(), header)
 
 
 def image_settings(config: DictConfig) -> dict[str, Any]:

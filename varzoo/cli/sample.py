@@ -1,0 +1,129 @@
+"""Draw images: `python sample.py checkpoint=runs/digits_llamagen guidance=3 labels=[3,7]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+
+from varzoo.core.checkpoint import existing, weights_hash
+from varzoo.core.errors import unknown
+from varzoo.eval.writers import NpzFile, PNGFolder, SampleWriter
+from varzoo.loading import Model, from_config, register_run
+from varzoo.sampling import Request, draw
+from varzoo.training.callbacks import save_grid
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OUTPUTS = ("grid", "folder", "npz")
+
+
+@hydra.main(config_path="pkg://varzoo.configs", config_name="sample", version_base="1.3")
+def _run(config: DictConfig) -> None:
+    try:
+        print(f"samples: {sample(config)}")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def sample(config: DictConfig) -> Path:
+    """Draw what the config says; returns the file or folder written."""
+    if config.output not in OUTPUTS:
+        raise unknown("output", config.output, OUTPUTS)
+    if config.precision not in PRECISIONS:
+        raise unknown("precision", config.precision, PRECISIONS)
+    if config.guidance is not None:
+        config.sampler.guidance.scale = config.guidance
+    model = from_config(config, config.checkpoint, config.tokenizer_checkpoint)
+    model = place(model, config.device, PRECISIONS[config.precision])
+    request = make_request(config, model)
+    folder = Path(config.checkpoint)
+    folder = (folder if folder.is_dir() else folder.parent) / "samples"
+    if config.output == "grid":
+        return draw_grid(config, model, request, Path(config.out or folder / f"grid_seed{config.seed}.png"))
+    out = Path(config.out or folder / f"seed{config.seed}{'.npz' if config.output == 'npz' else ''}")
+    manifest = describe(config, model, request)
+    writer: SampleWriter = (
+        PNGFolder(folder=out, manifest=manifest) if config.output == "folder"
+        else NpzFile(path=out, manifest=manifest, count=len(request), image_size=model.tokenizer.image_size))
+    # Under a launcher of several processes each draws its share; an image is the same whoever draws it.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and config.output == "npz":
+        raise ValueError("several processes write output=folder; pack it afterwards, or sample with one process.")
+    indices = writer.missing(range(rank, len(request), world_size))
+    for samples in draw(model, request, seed=config.seed, batch_size=config.batch_size, indices=indices,
+                        progress=rank == 0):
+        labels = None if samples.labels is None else samples.labels.tolist()
+        writer.write(samples.images, samples.indices.tolist(), labels)
+    writer.close()
+    return out
+
+
+def draw_grid(config: DictConfig, model: Model, request: Request, path: Path) -> Path:
+    """Draw everything into one PNG, a row per label."""
+    batches = draw(model, request, seed=config.seed, batch_size=config.batch_size)
+    images = torch.cat([samples.images for samples in batches])
+    if request.labels is None:
+        names = [""] * (len(images) // config.per_class or 1)
+    else:
+        rows = request.labels[::config.per_class]
+        names = [model.class_names[label] if label < len(model.class_names) else str(label) for label in rows]
+    save_grid(path, images, names)
+    return path
+
+
+def make_request(config: DictConfig, model: Model) -> Request:
+    """The images asked for: `per_class` of every label, or of every caption in a file of text features."""
+    if config.features is not None:
+        tensors = load_file(existing(config.features))
+        if set(tensors) != {"features", "mask"}:
+            raise ValueError(f"{config.features} must hold features [B, T, C] and mask [B, T], got {sorted(tensors)}.")
+        repeated = {name: tensor.repeat_interleave(config.per_class, dim=0) for name, tensor in tensors.items()}
+        return Request(features=repeated["features"], mask=repeated["mask"].bool())
+    if model.generator.num_classes is None:
+        raise ValueError("this model is conditioned on text: give features=FILE.safetensors (features and mask).")
+    labels = range(model.generator.num_classes) if config.labels is None else config.labels
+    model.generator.check_condition(Request(labels=list(labels)).condition(range(len(labels))))
+    return Request(labels=[label for label in labels for _ in range(config.per_class)])
+
+
+def place(model: Model, device: str, dtype: torch.dtype) -> Model:
+    """Move both networks to the device; only weights change their dtype, tables stay float32."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    for network in (model.tokenizer, model.generator):
+        network.to(device)
+    for parameter in model.generator.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def describe(config: DictConfig, model: Model, request: Request) -> dict[str, Any]:
+    """What identifies a set of samples: another run's output folder is refused by it."""
+    return {
+        "generator": weights_hash(model.generator.state_dict()), "tokenizer": weights_hash(model.tokenizer.state_dict()),
+        "sampler": OmegaConf.to_container(config.sampler, resolve=True), "seed": config.seed,
+        "precision": config.precision, "count": len(request), "uint8_rule": model.tokenizer.uint8_rule,
+        "label_scheme": f"{config.per_class} per label, sorted"}
+
+
+def main() -> None:
+    """Let a checkpoint that knows its own model choose it, then run Hydra."""
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    if "checkpoint" in given and "model" not in given:
+        try:
+            checkpoint, tokenizer = register_run(Path(given["checkpoint"]))
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"error: {error}")
+        sys.argv += ["model=run"] + ([] if "tokenizer_checkpoint" in given else [f"tokenizer_checkpoint={tokenizer}"])
+        sys.argv = [f"checkpoint={checkpoint}" if argument.startswith("checkpoint=") else argument
+                    for argument in sys.argv]
+    _run()
+
+
+if __name__ == "__main__":
+    main()

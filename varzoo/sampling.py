@@ -1,0 +1,62 @@
+"""Drawing many images in batches: which images, in what order, with a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from varzoo.eval.score import Samples
+from varzoo.generators.base import Condition
+from varzoo.loading import Model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to draw: one entry per image, or text features.
+
+    Args:
+        labels: class of every image; None for an unconditional model or text.
+        features: `[count, T, C]` text features with `mask` `[count, T]`.
+        count: number of images where there is neither.
+    """
+
+    labels: Sequence[int] | None = None
+    features: Tensor | None = None
+    mask: Tensor | None = None
+    count: int = 0
+
+    def __len__(self) -> int:
+        given = self.labels if self.labels is not None else self.features
+        return self.count if given is None else len(given)
+
+    def condition(self, indices: Sequence[int]) -> Condition:
+        """The condition of some of the images."""
+        if self.labels is not None:
+            return Condition.classes(torch.tensor([self.labels[index] for index in indices]))
+        if self.features is not None:
+            return Condition.text(self.features[list(indices)], self.mask[list(indices)])
+        return Condition.nothing(len(indices))
+
+
+def draw(model: Model, request: Request, *, seed: int, batch_size: int, indices: Sequence[int] | None = None,
+         progress: bool = True) -> Iterator[Samples]:
+    """Draw the images of a request, or those of `indices`; an image depends on seed and index, never on the batch."""
+    indices = list(range(len(request)) if indices is None else indices)
+    with tqdm(total=len(indices), desc="sampling", unit="image", disable=not progress) as bar:
+        for start in range(0, len(indices), batch_size):
+            part = indices[start:start + batch_size]
+            steps = 0
+
+            def show(_: object) -> None:
+                nonlocal steps
+                steps += 1
+                bar.set_postfix(step=steps)
+
+            images, _ = model.sample(request.condition(part), seed=seed, samples=part, callback=show)
+            labels = None if request.labels is None else torch.tensor([request.labels[index] for index in part])
+            bar.update(len(part))
+            yield Samples(images.cpu(), labels, torch.tensor(part))
