@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tests.adapters.tokenizers import vq_tokenizer
 from tests.golden_case import Case
 from varzoo.core.checkpoint import load_strictly
 from varzoo.core.draws import AnyDraws, Draws, Recorded, RecordedDraws
@@ -16,6 +18,7 @@ from varzoo.core.steps import Constant, FirstSteps, Schedule
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.conditioners import ClassPrefix, TextPrefix
 from varzoo.generators.llamagen import LlamaGen
+from varzoo.loading import Model
 from varzoo.nn.rotary import axial_table, line_table, rotate, zero_rows
 from varzoo.predictions.categorical import Categorical
 from varzoo.samplers import Autoregressive
@@ -75,8 +78,7 @@ def generate(model: LlamaGen, condition: Condition, guidance: Schedule | None, d
     class Recording(Categorical):
         def draw(self, draws: AnyDraws, **options: Any) -> Any:
             logits.append(self.logits)
-            if options.get("temperature", 1) > 0:
-                kept.append((self.filtered(**options).softmax(-1) > 0).sum(-1))
+            kept.append((self.filtered(**options).softmax(-1) > 0).sum(-1))
             return super().draw(draws, **options)
 
     begin = model.begin
@@ -90,7 +92,7 @@ def generate(model: LlamaGen, condition: Condition, guidance: Schedule | None, d
     model.begin = recording_begin
     sampled = Autoregressive(guidance=guidance, draw=options).sample(model, condition, draws)
     model.begin = begin
-    return sampled.tokens, torch.cat(logits, dim=1), torch.cat(kept, dim=1) if kept else torch.empty(0)
+    return sampled.tokens, torch.cat(logits, dim=1), torch.cat(kept, dim=1)
 
 
 def c2i_generate(case: Case) -> dict[str, Any]:
@@ -144,7 +146,23 @@ def top_k_top_p(case: Case) -> dict[str, Any]:
             for i, combo in enumerate(case.config["combos"])}
 
 
+def pipeline(case: Case) -> dict[str, Any]:
+    config, own = case.config, ("cls_embedding.", "tok_embeddings.", "layers.", "norm.", "output.")
+    mine = {name: value for name, value in case.state_dict.items() if name.startswith(own)}
+    generator = build(config["gpt"], mine)
+    rest = [entry for entry in case.meta["params"] if not entry[0].startswith(own)]
+    factor = 2 ** (len(config["vq"]["vq"]["decoder_ch_mult"]) - 1)
+    tokenizer = vq_tokenizer(replace(case, meta={**case.meta, "config": config["vq"], "params": rest}),
+                             image_size=tuple(side * factor for side in generator.spec.shape)).eval()
+    sampler = Autoregressive(guidance=Constant(config["cfg_scale"]), draw={"temperature": 0.0})
+    condition = condition_of(case)
+    tokens = sampler.sample(generator, condition, Draws(0, range(condition.size))).tokens
+    images, _ = Model(tokenizer=tokenizer, generator=generator, sampler=sampler).sample(condition)
+    return {"tokens": tokens, "image": tokenizer.decode(tokens), "uint8": images}
+
+
 KINDS = {
+    "llamagen/pipeline": pipeline,
     "llamagen/c2i_forward": forward,
     "llamagen/t2i_forward": forward,
     "llamagen/c2i_train": train,
