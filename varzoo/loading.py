@@ -151,7 +151,7 @@ def register_run(path: Path) -> tuple[Path, Path]:
     path = existing(path / GENERATOR_FILE if path.is_dir() else path)
     header = read_config(path)
     if header is None or "generator" not in header:
-        raise ValueError(f"{path} is no generator of varzoo's own; name its model, as in `model=mar_b checkpoint={path}`.")
+        raise ValueError(f"{path} is no generator of our own; name its model, as in `model=mar_b checkpoint={path}`.")
     tokenizer_path = existing(path.parent / TOKENIZER_FILE)
     node = {name: header[name] for name in ("generator", "sampler", "class_names")}
     node["tokenizer"] = read_config(tokenizer_path)["tokenizer"]

@@ -1,4 +1,4 @@
-"""Adapters from golden cases to varzoo. Each module's `KINDS` maps "SYSTEM/CASE" to a function Case -> outputs by name."""
+"""Adapters from golden cases to varzoo. A module's `KINDS` maps "SYSTEM/CASE" to a function Case -> outputs by name."""
 
 from __future__ import annotations
 

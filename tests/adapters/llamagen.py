@@ -102,8 +102,8 @@ def c2i_generate(case: Case) -> dict[str, Any]:
     settings = {"guided": Constant(scale), "interval": FirstSteps(scale, last=int(interval) + 1), "unguided": None}
     outputs = {}
     for name, guidance in settings.items():
-        outputs[f"tokens_{name}"], outputs[f"logits_{name}"], _ = generate(model, condition, guidance, draws,
-                                                                           temperature=0.0)
+        tokens, logits, _ = generate(model, condition, guidance, draws, temperature=0.0)
+        outputs |= {f"tokens_{name}": tokens, f"logits_{name}": logits}
     return outputs
 
 

@@ -242,7 +242,7 @@ def train_schedule(case: Case) -> dict[str, Any]:
     lr, model, inputs = case.config["lr"], build_mar(case.config["mar"]), case.inputs
     constant = WarmupConstant(warmup=lr["warmup_epochs"])
     cosine = WarmupCosine(warmup=lr["warmup_epochs"], total=lr["epochs"], floor=lr["min_lr"] / lr["lr"])
-    groups = parameter_groups(model, decays=model.decays, weight_decay=0.02)
+    groups = parameter_groups(model, model.decays)
     own_names = {id(parameter): name for name, parameter in model.named_parameters()}
     names = [model.key_maps()["mar"].to_official({own_names[id(parameter)]: parameter for parameter in group["params"]})
              for group in groups]

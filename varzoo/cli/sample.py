@@ -105,7 +105,8 @@ def place(model: Model, device: str, dtype: torch.dtype) -> Model:
 def describe(config: DictConfig, model: Model, request: Request) -> dict[str, Any]:
     """What identifies a set of samples: another run's output folder is refused by it."""
     return {
-        "generator": weights_hash(model.generator.state_dict()), "tokenizer": weights_hash(model.tokenizer.state_dict()),
+        "generator": weights_hash(model.generator.state_dict()),
+        "tokenizer": weights_hash(model.tokenizer.state_dict()),
         "sampler": OmegaConf.to_container(config.sampler, resolve=True), "seed": config.seed,
         "precision": config.precision, "count": len(request), "uint8_rule": model.tokenizer.uint8_rule,
         "label_scheme": f"{config.per_class} per label, sorted"}

@@ -1,7 +1,7 @@
 """What training a tokenizer and training a generator have in common.
 
-A run is a function of its seed and its step number: batches, draws and dropout are all keyed by the iteration, so that a
-killed run, resumed from its last checkpoint, ends with the weights it would have had.
+A run is a function of its seed and its step number: batches, draws and dropout are all keyed by the iteration, so that
+a killed run, resumed from its last checkpoint, ends with the weights it would have had.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,25 +11,30 @@ from typing import Any
 from torch import nn
 
 
-def parameter_groups(model: nn.Module, *, decays: Callable[[str, nn.Parameter], bool],
-                     weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups for an optimiser: trainable parameters that decay, and those that do not.
+def parameter_groups(model: nn.Module, decays: Callable[[str, nn.Parameter], bool]) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: trainable parameters that decay, at the optimizer's own rate, and those that do not.
 
     Args:
         model: whose parameters.
-        decays: whether a named parameter decays, such as `Generator.decays`.
-        weight_decay: of those that do.
+        decays: whether a parameter of a given name decays, such as `Generator.decays`.
     """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[decays(name, parameter)].append(parameter)
-    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+            groups[bool(decays(name, parameter))].append(parameter)
+    return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
+
+
+class LearningRate(ABC):
+    """A factor of the learning rate as a function of the step; fractional steps count too (see LambdaLR)."""
+
+    @abstractmethod
+    def __call__(self, step: float) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupConstant:
-    """Learning-rate factor of a step (for LambdaLR): linear from 0 over `warmup` steps, then 1."""
+class WarmupConstant(LearningRate):
+    """Linear from 0 over `warmup` steps, then 1."""
 
     warmup: float
 
@@ -37,8 +43,8 @@ class WarmupConstant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupCosine:
-    """Learning-rate factor of a step: linear from 0 over `warmup` steps, then half a cosine to `floor` at `total`.
+class WarmupCosine(LearningRate):
+    """Linear from 0 over `warmup` steps, then half a cosine to `floor` at step `total`.
 
     `floor` is a share of the full learning rate; it stays there after `total`.
     """

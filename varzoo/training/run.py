@@ -8,8 +8,8 @@
     tokenizer.safetensors   the tokenizer: trained here, or copied so that the folder is complete by itself
     generator.safetensors   the averaged weights, their config in the header
 
-Started again with the same config, a run goes on where it was, or says that it is done; with another config, the folder is
-refused.
+Started again with the same config, a run goes on where it was, or says that it is done; with another config, the folder
+is refused.
 """
 
 from __future__ import annotations

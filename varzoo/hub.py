@@ -1,0 +1,74 @@
+"""Published checkpoints: where they live, how they are laid out, under which licence.
+
+Nothing is downloaded unless `fetch` is called; every loader takes a path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from varzoo.core.errors import unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """One released file.
+
+    Args:
+        config: the config it belongs to: a name under `configs/tokenizer` or `configs/model`.
+        repo: repository on the Hugging Face hub, None where it is published elsewhere.
+        file: file name there.
+        layout: its layout, a name of the model's `key_maps()`.
+        licence: of the weights.
+        note: what else a user needs to know.
+    """
+
+    config: str
+    repo: str | None
+    file: str
+    layout: str
+    licence: str
+    note: str = ""
+
+
+def _llamagen(config: str, file: str, repo: str = "FoundationVision/LlamaGen", note: str = "") -> Published:
+    return Published(config=config, repo=repo, file=file, layout="llamagen", licence="MIT", note=note)
+
+
+PUBLISHED = {
+    "vq16": _llamagen("vq16", "vq_ds16_c2i.pt"),
+    "vq8": _llamagen("vq8", "vq_ds8_c2i.pt"),
+    "vq16_t2i": _llamagen("vq16", "vq_ds16_t2i.pt", "peizesun/llamagen_t2i"),
+    "llamagen_b_256": _llamagen("llamagen_b_256", "c2i_B_256.pt"),
+    "llamagen_b_384": _llamagen("llamagen_b_384", "c2i_B_384.pt"),
+    "llamagen_l_256": _llamagen("llamagen_l_256", "c2i_L_256.pt"),
+    "llamagen_l_384": _llamagen("llamagen_l_384", "c2i_L_384.pt"),
+    "llamagen_xl_384": _llamagen("llamagen_xl_384", "c2i_XL_384.pt"),
+    "llamagen_xxl_384": _llamagen("llamagen_xxl_384", "c2i_XXL_384.pt"),
+    "llamagen_3b_384": _llamagen("llamagen_3b_384", "c2i_3B_384.pt"),
+    "llamagen_xl_t2i_256": _llamagen("llamagen_xl_t2i_256", "t2i_XL_stage1_256.pt", "peizesun/llamagen_t2i"),
+    "llamagen_xl_t2i_512": _llamagen("llamagen_xl_t2i_512", "t2i_XL_stage2_512.pt", "peizesun/llamagen_t2i"),
+    "kl16": Published(config="kl16", repo="jadechoghari/mar", file="kl16.ckpt", layout="mar", licence="MIT",
+                      note="a mirror named by the official README; file names there are not verified"),
+    **{f"mar_{size}": Published(
+        config=f"mar_{size}", repo=None, file="checkpoint-last.pth", layout="mar", licence="MIT",
+        note="linked from the official README; the averaged weights under model_ema are used") for size in "blh"},
+}
+
+
+def fetch(name: str, cache: str | Path | None = None) -> Path:
+    """Download a published file (or find it in the hub's cache) and return its path.
+
+    Raises:
+        ValueError: the name is unknown, or the file is not on the hub.
+    """
+    if name not in PUBLISHED:
+        raise unknown("published checkpoint", name, PUBLISHED)
+    published = PUBLISHED[name]
+    if published.repo is None:
+        raise ValueError(f"{name} is not on the hub ({published.note}): download {published.file} by hand and give its "
+                         "path as checkpoint=FILE.")
+    from huggingface_hub import hf_hub_download  # only where something is to be downloaded
+
+    return Path(hf_hub_download(published.repo, published.file, cache_dir=cache))
