@@ -1,9 +1,10 @@
 """MAR: masked autoregressive generation of continuous tokens with a diffusion loss (arXiv 2406.11838).
 
-Official code: LTH14/mar, with which forward, loss, gradients and sampling agree. Where paper and code differ the code is
-followed. Two quirks change published numbers and are kept: linear guidance stops short of its scale at the last step
-(see `masked_steps`), and the variational term of the loss treats latents as 8-bit pixels (see `hybrid_loss`). What is
-computed differently, with the same result: the head is evaluated on masked positions only, in training and sampling.
+Official code: LTH14/mar, with which forward, loss, gradients and sampling agree. Where paper and code differ, the code
+is followed. Two quirks change published numbers and are kept: linear guidance stops short of its scale at the last step
+(see `masked_steps`), and the variational term of the loss treats latents as 8-bit pixels (see `hybrid_loss`). Computed
+otherwise, with equal results: training evaluates the head on masked positions only, and the null branch runs at guided
+steps only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Masked generation: tokens appear in a random order, few at first and many at the end (MaskGIT, arXiv 2202.04200, 3.2).
+"""Masked generation: tokens appear in a random order, few at first, many at the end (MaskGIT, arXiv 2202.04200, 3.2).
 
 An order `[B, n]` lists positions from the last drawn to the first: those still masked after a step are its first `left`
 entries. So a plan with fewer steps only cuts the same order elsewhere.

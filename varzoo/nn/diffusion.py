@@ -8,6 +8,7 @@ float32 tables, draw their own noise and do not know this family's respacing.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,7 @@ from varzoo.core.errors import unknown
 def cosine_betas(steps: int) -> np.ndarray:
     """Betas `[steps]` for abar(u) = cos^2((u + 0.008) / 1.008 * pi / 2), u in [0, 1], each at most 0.999."""
     abar = [math.cos((index / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for index in range(steps + 1)]
-    return np.array([min(1 - after / before, 0.999) for before, after in zip(abar, abar[1:])])
+    return np.array([min(1 - after / before, 0.999) for before, after in itertools.pairwise(abar)])
 
 
 def linear_betas(steps: int) -> np.ndarray:
@@ -49,8 +50,8 @@ def spaced_timesteps(steps: int | str, total: int) -> tuple[int, ...]:
             return _strided(int(text.removeprefix("ddim")), total)
         return _sections([int(count) for count in text.split(",")], total)
     except ValueError as error:
-        raise ValueError(f"cannot space {text!r} steps over {total} timesteps: {error}. Give a number from 1 to {total}, "
-                         "sections such as '10,20,30', or 'ddimN'.") from error
+        raise ValueError(f"cannot space {text!r} steps over {total} timesteps: {error}. Give a number from 1 to "
+                         f"{total}, sections such as '10,20,30', or 'ddimN'.") from error
 
 
 def _strided(count: int, total: int) -> tuple[int, ...]:

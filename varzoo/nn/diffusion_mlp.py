@@ -7,7 +7,6 @@ knows its times in advance, so `DiffusionMLP.at` computes the modulation of many
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import Tensor, nn

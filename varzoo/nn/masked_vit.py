@@ -1,7 +1,7 @@
 """The asymmetric masked autoencoder transformer of MAR and its kin (arXiv 2406.11838, 4; after MAE, 2111.06377).
 
-An encoder sees a buffer of condition slots and the visible tokens only; a decoder puts a mask token at every other place
-and gives a vector for each position that is asked for. Attention is bidirectional, nothing is cached.
+An encoder sees a buffer of condition slots and the visible tokens only; a decoder puts a mask token at every other
+place and gives a vector for each position that is asked for. Attention is bidirectional, nothing is cached.
 """
 
 from __future__ import annotations
