@@ -177,7 +177,7 @@ def mask_schedule(case: Case) -> dict[str, Any]:
 def mar_forward(case: Case) -> dict[str, Any]:
     config, inputs, model = case.config, case.inputs, loaded_mar(case)
     size, length = len(inputs["imgs"]), model.spec.length
-    tokens = patchify(inputs["imgs"], config["patch_size"])
+    tokens = patchify(inputs["imgs"], config.get("patch_size", 1))
     repeats = (model.head_batch, size, length)
     draws = RecordedDraws({
         "mask_rate": Recorded(inputs["mask_rate"], ""), "order": Recorded(inputs["orders"], "batch"),
@@ -197,7 +197,7 @@ def mar_forward(case: Case) -> dict[str, Any]:
         "tokens": tokens, "mask": torch.ones(size, length).scatter(1, visible, 0.0),
         "enc": model.backbone.encode(tokens, visible, vectors),
         "z": model.backbone(tokens, visible, vectors, everywhere), "loss": losses.total,
-        "unpatchified": unpatchify(tokens, config["patch_size"], model.spec.shape),
+        "unpatchified": unpatchify(tokens, config.get("patch_size", 1), model.spec.shape),
         **gradients(case, model, model.key_maps()["mar"]),
     }
 
@@ -217,7 +217,7 @@ def mar_sample(case: Case) -> dict[str, Any]:
     scales = np.full(num_iter, 1 + (config["cfg"] - 1) * (length - 1) / length
                      if config["cfg_schedule"] == "linear" else config["cfg"])
     step_of = torch.zeros(size, length, dtype=torch.int64)
-    z = torch.zeros(size, length, config["decoder_embed_dim"])
+    z = torch.zeros(size, length, model.head.condition_embed.in_features)
 
     def record(progress: Any) -> None:
         step, rows = progress.step, torch.arange(size)[:, None]
@@ -231,7 +231,7 @@ def mar_sample(case: Case) -> dict[str, Any]:
     draw = {"steps": config["num_sampling_steps"], "temperature": config["temperature"]}
     sampler = Autoregressive(guidance=guidance, plan=MaskPlan(steps=num_iter), draw=draw)
     tokens = sampler.sample(model, condition, RecordedDraws(arrays, tuple(range(size))), callback=record).tokens
-    outputs = {"latents": unpatchify(tokens, config["patch_size"], model.spec.shape), "n_pred": counts,
+    outputs = {"latents": unpatchify(tokens, config.get("patch_size", 1), model.spec.shape), "n_pred": counts,
                "cfg_iter": scales, "step_of": step_of, "z": z}
     if "snapshot_steps" in config:
         outputs["latents_after"] = torch.stack([after[index] for index in config["snapshot_steps"]])
