@@ -180,15 +180,15 @@ class _Writer:
         self._array[rows.start:rows.stop] = compressed
         self._array.flush()
         with open(self._log, "a") as file:  # only after the data: a block is in the log or will be written again
-            file.write(f"[{number}]\n")
+            file.write(f"\n[{number}]")  # the line begins anew, whatever a killed process left of its last
 
 
 def _finished(partial: Path) -> set[int]:
-    """Blocks that some process has noted as finished; a torn line says nothing, nor does one joined to the next."""
+    """Blocks that some process has noted as finished; a torn line counts for nothing."""
     text = ""
     for log in partial.glob("finished-*.log"):
         with contextlib.suppress(FileNotFoundError):  # another process has just completed the cache
-            text += log.read_text()
+            text += log.read_text() + "\n"
     return {int(number) for number in re.findall(r"^\[(\d+)\]$", text, re.MULTILINE)}
 
 

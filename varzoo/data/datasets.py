@@ -142,7 +142,7 @@ class FashionMNIST(LabelledImages):
     """Fashion-MNIST (arXiv 1708.07747): 60,000 + 10,000 grey pictures, 28 x 28, of ten kinds of clothes.
 
     Args:
-        split: "train" or "test".
+        split: "train" or "heldout", the official test set.
         root: folder with the four idx .gz files, or one that torchvision downloaded to. Without it: Debian's package
             `dataset-fashion-mnist`, where installed.
         image_size: one side of a square, or (height, width).
@@ -156,13 +156,13 @@ class FashionMNIST(LabelledImages):
     """
 
     name = "fashion_mnist"
-    splits = ("train", "test")
+    splits = ("train", "heldout")
     DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
     def __init__(self, *, split: str = "train", root: str | Path | None = None, image_size: int | tuple[int, int] = 32,
                  augmentation: str | Transform = "none", download: bool = False, seed: int = 0) -> None:
         super().__init__(split=split, image_size=image_size, augmentation=augmentation, seed=seed)
-        prefix = {"train": "train", "test": "t10k"}[split]
+        prefix = {"train": "train", "heldout": "t10k"}[split]
         names = [f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"]
         folder = self._folder(root, names, download)
         self._images, labels = (read_idx(folder / name) for name in names)

@@ -112,7 +112,7 @@ def read_reference(options: dict[str, str | None], extractor: FeatureExtractor) 
     if name == "digits":
         dataset = Digits(split="heldout")
     elif name == "fashion_mnist":
-        dataset = FashionMNIST(split="test", root=options["root"])
+        dataset = FashionMNIST(split="heldout", root=options["root"])
     else:
         path = Path(name)
         if not path.exists():
