@@ -55,7 +55,7 @@ def build_cache(folder: str | Path, *, tokenizer: Tokenizer, dataset: LabelledIm
         folder: where the cache is to be.
         tokenizer: on the device where it is to run; it is put into eval mode.
         dataset: its views are written; its transform must be one whose views can be listed.
-        batch_size: images per block. An interrupted build must go on with the same.
+        batch_size: images per block, and per call of the tokenizer. An interrupted build must go on with the same.
         num_workers: processes that decode images.
         rank: this process among `world_size`.
         world_size: how many processes build.
@@ -204,9 +204,8 @@ def _complete(partial: Path, folder: Path) -> None:
 def _compress(tokenizer: Tokenizer, images: Tensor) -> np.ndarray:
     """Images `[B, views, 3, H, W]` -> `[B, views, *shape]`, ids in the smallest unsigned type, moments in float32."""
     device = next((tensor.device for tensor in tokenizer.state_dict().values()), torch.device("cpu"))
-    with torch.no_grad():
-        compressed = tokenizer.compress(images.flatten(0, 1).to(device)).cpu()
-    compressed = compressed.unflatten(0, images.shape[:2])
+    with torch.no_grad():  # view by view, so that memory does not grow with their number
+        compressed = torch.stack([tokenizer.compress(view.to(device)).cpu() for view in images.unbind(1)], 1)
     if tokenizer.spec.kind == "continuous":
         return compressed.float().numpy()
     if int(compressed.min()) < 0 or int(compressed.max()) >= tokenizer.spec.size:
