@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start; two workers share two cores
+torch.set_num_threads(1)
 
 DEFAULT_GOLDENS = Path(__file__).parent / "goldens"
 

@@ -184,7 +184,8 @@ class KeyMap:
         for rule in self.rules:
             if isinstance(rule, Alias):
                 matches = {key: _match(rule.of, key) for key in official}
-                official |= {_fill(rule.official, values): official[key] for key, values in matches.items() if values}
+                official |= {_fill(rule.official, values): official[key] for key, values in matches.items()
+                             if values is not None}
             elif isinstance(rule, Ignore) and rule.constant is not None:
                 official[rule.official] = rule.constant()
         return official

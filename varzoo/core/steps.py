@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from varzoo.core.errors import unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,19 @@ class FirstSteps(Schedule):
 def at_step(value: Any, step: Step) -> Any:
     """The value of an option at a step: schedules are evaluated, everything else is returned as it is."""
     return value(step) if isinstance(value, Schedule) else value
+
+
+def of_phase(guidance: Schedule | Mapping[str, Schedule] | None, phase: str = "main") -> Schedule | None:
+    """The schedule of one phase, of a setting that is given once for all phases or per phase.
+
+    Raises:
+        ValueError: the setting is per phase, but has none for this one.
+    """
+    if not isinstance(guidance, Mapping):
+        return guidance
+    if phase not in guidance:
+        raise unknown("phase", phase, guidance)
+    return guidance[phase]
 
 
 def needs_null_branch(guidance: Schedule | None, steps: Iterable[Step]) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from varzoo.core.draws import AnyDraws
-from varzoo.core.steps import Schedule, Step, needs_null_branch
+from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Condition, Decoding, Generator
 from varzoo.generators.conditioners import Conditioner
 from varzoo.nn.llama import LlamaStack
@@ -106,9 +106,7 @@ class CausalGenerator(Generator):
         self.check_condition(condition)
         if plan is not None:
             raise ValueError(f"the order of {type(self).__name__} is fixed, so it takes no plan, got {plan}.")
-        if isinstance(guidance, Mapping):
-            guidance = guidance["main"]
-        return CausalDecoding(self, condition, guidance)
+        return CausalDecoding(self, condition, of_phase(guidance))
 
 
 class CausalDecoding(Decoding):

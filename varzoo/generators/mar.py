@@ -20,7 +20,7 @@ from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import KeyMap, Rename
 from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
-from varzoo.core.steps import Schedule, Step, needs_null_branch
+from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Batch, Condition, Decoding, Generator
 from varzoo.generators.masked import MaskPlan, masked_steps
 from varzoo.nn.diffusion import Diffusion, hybrid_loss
@@ -117,8 +117,7 @@ class MAR(Generator):
         if not isinstance(plan, MaskPlan):
             raise ValueError(f"MAR leaves the number of steps open: give plan=MaskPlan(steps=...), between 1 and "
                              f"{self.spec.length} of them, got {plan!r}.")
-        if isinstance(guidance, Mapping):
-            guidance = guidance["main"]
+        guidance = of_phase(guidance)
         steps = list(masked_steps(plan, draws.permutation("order", self.spec.length)))
         needs_null_branch(guidance, steps)  # refuses what does not guide
         return MARDecoding(self, self.class_vectors(condition), steps, guidance)

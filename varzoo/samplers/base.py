@@ -58,11 +58,6 @@ class Sampler(ABC):
         """Draw one batch. Prints nothing; `callback` is told of every step."""
 
 
-def for_phase(value: Any, phase: str) -> Any:
-    """One phase's share of a setting that may be given once for all phases or as a mapping of phase to setting."""
-    return value[phase] if isinstance(value, Mapping) and phase in value else value
-
-
 def check_options(options: Mapping[str, Any], generator: Generator) -> None:
     """Raise ValueError unless every option is one that the generator's predictions take."""
     for phase, prediction in generator.predicts.items():

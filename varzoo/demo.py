@@ -1,0 +1,104 @@
+"""The main job, end to end: train a tokenizer and a generator on real digits, draw from it, and score what it draws.
+
+    python -m varzoo.demo [experiment=digits_llamagen] [any override of train.py]
+
+Ends by naming the files it made: samples in rows by class, reconstructions, curves, and a table of scores.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from varzoo.core.checkpoint import atomic_path
+from varzoo.core.steps import Schedule
+from varzoo.eval.features import ClassifierFeatures
+from varzoo.eval.protocol import append_row, result_row
+from varzoo.eval.score import Samples, Scores, dataset_samples, make_protocol, reference_statistics, score
+from varzoo.loading import Model, build, compose_config, load
+from varzoo.sampling import Request, draw
+from varzoo.training.callbacks import save_grid
+from varzoo.training.run import train
+
+SCALES = (1.0, 2.0, 4.0)
+PER_CLASS = 50
+
+
+def demo(overrides: list[str]) -> dict[str, Scores]:
+    """Train, sample and score one experiment on digits; returns the scores by row of the table."""
+    begun = time.perf_counter()
+    config = compose_config("train", overrides)
+    folder = train(config)
+    judge = Judge(config, folder)
+    trained = load(folder)
+    torch.manual_seed(config.seed)
+    untrained = replace(trained, generator=build(config.generator).eval())
+    table = {"real held-out images": judge("real held-out images", dataset_samples(judge.heldout), len(judge.heldout))}
+    for name, model in (("trained", trained), ("untrained", untrained)):
+        for scale in SCALES:
+            row = f"{name}, guidance {scale:g}"
+            table[row] = judge(row, judge.samples(model, scale), len(judge.request))
+    picture = folder / "digits.png"
+    columns = Request(labels=[label for label in range(10) for _ in range(10)])
+    images = torch.cat([samples.images for samples in draw(guided(trained, 2.0), columns, seed=1, batch_size=100)])
+    save_grid(picture, images, trained.class_names)
+    report(folder, table, judge.metric)
+    tokenizer_folder = Path(config.tokenizer_checkpoint)
+    print(f"\ndone in {(time.perf_counter() - begun) / 60:.1f} minutes. Look at:")
+    for path, what in ((picture, "samples in rows by class, guidance 2"), (folder / "curve.png", "losses"),
+                       (folder / "scores.md", "the table above"), (folder / "results.jsonl", "its rows, with protocols"),
+                       *((path, "originals and reconstructions")
+                         for path in sorted((tokenizer_folder / "samples").glob("*.png"))[-1:])):
+        print(f"  {path}  {what}")
+    return table
+
+
+class Judge:
+    """Scores images by a classifier that knows real training digits only, against statistics of those digits."""
+
+    def __init__(self, config: DictConfig, folder: Path) -> None:
+        self.extractor, self.results = ClassifierFeatures(dataset="digits"), folder / "results.jsonl"
+        self.metric, self.seed = self.extractor.metric, config.seed
+        train_set, self.heldout = build(config.data.train), build(config.data.heldout)
+        self.reference = reference_statistics(dataset_samples(train_set), extractor=self.extractor)
+        self.request = Request(labels=[label for label in range(10) for _ in range(PER_CLASS)])
+
+    def samples(self, model: Model, scale: float) -> Iterable[Samples]:
+        return draw(guided(model, scale), self.request, seed=self.seed, batch_size=250)
+
+    def __call__(self, name: str, samples: Iterable[Samples], count: int) -> Scores:
+        begun = time.perf_counter()
+        scores = score(samples, count=count, reference=self.reference, extractor=self.extractor)
+        protocol = make_protocol(extractor=self.extractor, count=count, reference=self.reference,
+                                 reference_name="digits, train split", labels=f"{PER_CLASS} per class",
+                                 uint8_rule="round" if name.startswith("real") else "the tokenizer's")
+        append_row(self.results, result_row(protocol, asdict(scores), seconds=time.perf_counter() - begun,
+                                            run={"name": name, "seed": self.seed}))
+        return scores
+
+
+def guided(model: Model, scale: float) -> Model:
+    """The model with another guidance scale, its schedule kept."""
+    sampler = model.sampler
+    schedule: Schedule = replace(sampler.guidance, scale=scale)
+    return replace(model, sampler=type(sampler)(guidance=schedule, plan=sampler.plan, draw=sampler.draw))
+
+
+def report(folder: Path, table: dict[str, Scores], metric: str) -> None:
+    """Print the table and write it as Markdown."""
+    lines = [f"| images | {metric} | label accuracy | inception score |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {scores.fd:.2f} | {100 * scores.accuracy:.1f} % | {scores.inception_score:.2f} |"
+              for name, scores in table.items()]
+    with atomic_path(folder / "scores.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    demo(sys.argv[1:])
