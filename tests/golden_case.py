@@ -58,8 +58,9 @@ def load_case(path: Path) -> Case:
     with np.load(path / "io.npz") as arrays:
         io = {name: arrays[name] for name in arrays.files}
     tensors = {name: value if value.dtype.kind in "US" else torch.from_numpy(value) for name, value in io.items()}
-    pick = lambda prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}  # noqa: E731
-    return Case(path.parent.name, path.name, meta, pick("in."), pick("out."))
+    inputs, outputs = ({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+                       for prefix in ("in.", "out."))
+    return Case(path.parent.name, path.name, meta, inputs, outputs)
 
 
 def compare(case: Case, computed: dict[str, Any]) -> None:

@@ -32,8 +32,8 @@ def test_a_draw_is_a_function_of_seed_sample_name_keys_and_position() -> None:
     noise = draws.normal("noise", (4,), at=at, k=3)
     alone = Draws(7, (5,)).normal("noise", (4,), at=torch.tensor([[9, 3]]), k=3)
     assert torch.equal(noise[1, 0], alone[0, 1])
-    others = [
-        Draws(8, (5,)), Draws(7 + 2**32, (5,)), Draws(7, (6,)), Draws(7, (5 + 2**32,)), Draws(7, (5,)).keyed(iteration=1)]
+    others = [Draws(8, (5,)), Draws(7 + 2**32, (5,)), Draws(7, (6,)), Draws(7, (5 + 2**32,)),
+              Draws(7, (5,)).keyed(iteration=1)]
     different = [other.normal("noise", (4,), at=at[1:2], k=3) for other in others]
     same = Draws(7, (5,))
     different += [same.normal("other", (4,), at=at[1:2], k=3), same.normal("noise", (4,), at=at[1:2], k=4),

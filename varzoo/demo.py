@@ -26,48 +26,58 @@ from varzoo.sampling import Request, draw
 from varzoo.training.callbacks import save_grid
 from varzoo.training.run import train
 
-SCALES = (1.0, 2.0, 4.0)
-PER_CLASS = 50
 
+def demo(overrides: list[str], *, per_class: int = 50,
+         scales: tuple[float, ...] = (1.0, 2.0, 4.0)) -> dict[str, Scores]:
+    """Train, sample and score one experiment on digits.
 
-def demo(overrides: list[str]) -> dict[str, Scores]:
-    """Train, sample and score one experiment on digits; returns the scores by row of the table."""
+    Args:
+        overrides: of train.py's config.
+        per_class: images per class that are scored.
+        scales: guidance scales; the picture is drawn at the second (or only) one.
+
+    Returns:
+        The scores by row of the table.
+    """
     begun = time.perf_counter()
     config = compose_config("train", overrides)
     folder = train(config)
-    judge = Judge(config, folder)
+    judge = Judge(config, folder, per_class)
     trained = load(folder)
     torch.manual_seed(config.seed)
     untrained = replace(trained, generator=build(config.generator).eval())
-    table = {"real held-out images": judge("real held-out images", dataset_samples(judge.heldout), len(judge.heldout))}
+    real = "real held-out images"
+    table = {real: judge(real, dataset_samples(judge.heldout), len(judge.heldout))}
     for name, model in (("trained", trained), ("untrained", untrained)):
-        for scale in SCALES:
+        for scale in scales:
             row = f"{name}, guidance {scale:g}"
             table[row] = judge(row, judge.samples(model, scale), len(judge.request))
-    picture = folder / "digits.png"
+    picture, scale = folder / "digits.png", scales[:2][-1]
     columns = Request(labels=[label for label in range(10) for _ in range(10)])
-    images = torch.cat([samples.images for samples in draw(guided(trained, 2.0), columns, seed=1, batch_size=100)])
-    save_grid(picture, images, trained.class_names)
+    images = [samples.images for samples in draw(guided(trained, scale), columns, seed=config.seed + 1, batch_size=100)]
+    save_grid(picture, torch.cat(images), trained.class_names)
     report(folder, table, judge.metric)
     tokenizer_folder = Path(config.tokenizer_checkpoint)
     print(f"\ndone in {(time.perf_counter() - begun) / 60:.1f} minutes. Look at:")
-    for path, what in ((picture, "samples in rows by class, guidance 2"), (folder / "curve.png", "losses"),
-                       (folder / "scores.md", "the table above"), (folder / "results.jsonl", "its rows, with protocols"),
-                       *((path, "originals and reconstructions")
-                         for path in sorted((tokenizer_folder / "samples").glob("*.png"))[-1:])):
-        print(f"  {path}  {what}")
+    files = {picture: f"samples in rows by class, guidance {scale:g}", folder / "curve.png": "losses over the steps",
+             folder / "scores.md": "the table above", folder / "results.jsonl": "its rows, each with its protocol"}
+    pictures = sorted((tokenizer_folder / "samples").glob("step_*.png"))
+    files |= dict.fromkeys(pictures[-1:], "originals and reconstructions")
+    for path, what in files.items():
+        print(f"  {path}  ({what})")
     return table
 
 
 class Judge:
     """Scores images by a classifier that knows real training digits only, against statistics of those digits."""
 
-    def __init__(self, config: DictConfig, folder: Path) -> None:
+    def __init__(self, config: DictConfig, folder: Path, per_class: int) -> None:
         self.extractor, self.results = ClassifierFeatures(dataset="digits"), folder / "results.jsonl"
         self.metric, self.seed = self.extractor.metric, config.seed
         train_set, self.heldout = build(config.data.train), build(config.data.heldout)
         self.reference = reference_statistics(dataset_samples(train_set), extractor=self.extractor)
-        self.request = Request(labels=[label for label in range(10) for _ in range(PER_CLASS)])
+        self.request = Request(labels=[label for label in range(10) for _ in range(per_class)])
+        self.labels = f"{per_class} per class"
 
     def samples(self, model: Model, scale: float) -> Iterable[Samples]:
         return draw(guided(model, scale), self.request, seed=self.seed, batch_size=250)
@@ -76,7 +86,7 @@ class Judge:
         begun = time.perf_counter()
         scores = score(samples, count=count, reference=self.reference, extractor=self.extractor)
         protocol = make_protocol(extractor=self.extractor, count=count, reference=self.reference,
-                                 reference_name="digits, train split", labels=f"{PER_CLASS} per class",
+                                 reference_name="digits, train split", labels=self.labels,
                                  uint8_rule="round" if name.startswith("real") else "the tokenizer's")
         append_row(self.results, result_row(protocol, asdict(scores), seconds=time.perf_counter() - begun,
                                             run={"name": name, "seed": self.seed}))

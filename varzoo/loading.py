@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from varzoo.core.checkpoint import existing, load_strictly, read_config, read_weights
@@ -68,6 +68,8 @@ class Model:
 
 def build(config: Mapping[str, Any] | DictConfig) -> Any:
     """Instantiate a config node. Raises ValueError with the cause, not Hydra's trace of it."""
+    if isinstance(config, DictConfig):  # resolved here, where the whole config is still around the node
+        config = OmegaConf.to_container(config, resolve=True)
     try:
         return instantiate(config, _convert_="all")
     except Exception as error:

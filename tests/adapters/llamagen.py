@@ -120,7 +120,7 @@ def c2i_generate_sampled(case: Case) -> dict[str, Any]:
 def t2i_generate(case: Case) -> dict[str, Any]:
     model = build(case.config, case.state_dict)
     condition = condition_of(case)
-    tokens, logits, _ = generate(model, condition, Constant(said(case, "cfg_scale")), Draws(0, tuple(range(condition.size))),
+    tokens, logits, _ = generate(model, condition, Constant(said(case, "cfg_scale")), Draws(0, range(condition.size)),
                                  temperature=0.0)
     return {"tokens": tokens, "logits": logits}
 

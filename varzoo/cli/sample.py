@@ -115,7 +115,7 @@ def describe(config: DictConfig, model: Model, request: Request) -> dict[str, An
 def main() -> None:
     """Let a checkpoint that knows its own model choose it, then run Hydra."""
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
-    if "checkpoint" in given and "model" not in given:
+    if "checkpoint" in given and not {"model", "generator"} & given.keys():
         try:
             checkpoint, tokenizer = register_run(Path(given["checkpoint"]))
         except (ValueError, FileNotFoundError) as error:

@@ -115,6 +115,11 @@ class KLTokenizer(Tokenizer):
         kl = kl_divergence(*split_moments(compressed, dim=-1)).mean()
         return reconstructions, Losses(self.kl_weight * kl, {"kl": kl.detach()})
 
+    def calibrate(self, batches: Iterable[Tensor]) -> dict[str, float]:
+        """Set the scale that gives the latents of training images unit deviation (arXiv 2112.10752, section G)."""
+        self.scale = latent_statistics(self, batches).scale
+        return {"scale": self.scale}
+
     def last_decoder_weight(self) -> Tensor:
         return self.decoder.conv_out.weight
 

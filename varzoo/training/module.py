@@ -103,9 +103,9 @@ class TrainingModule(pl.LightningModule, ABC):
     def _report_nonfinite(self, losses: Losses, batch: Mapping[str, Tensor]) -> str:
         path = self.folder / f"nonfinite_step_{self.iteration:06d}.pt"
         torch.save({"iteration": self.iteration, "seed": self.seed, "batch": dict(batch)}, path)
-        parts = ", ".join(f"{name} {float(value):g}" for name, value in losses.parts.items())
+        parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.parts.items())
         module = first_nonfinite_module(self.model, lambda: self.losses(batch))
-        return (f"the loss became {float(losses.total)} at step {self.iteration} ({parts}). First to be not finite: "
+        return (f"the loss became {losses.total.item()} at step {self.iteration} ({parts}). First to be not finite: "
                 f"{module}. The batch is kept in {path}. Lower the learning rate, clip gradients, or train in float32.")
 
 

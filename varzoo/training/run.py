@@ -18,6 +18,7 @@ import inspect
 import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,9 @@ def keep_tokenizer(config: DictConfig, folder: Path, tokenizer: Tokenizer) -> No
 
 
 def image_settings(config: DictConfig) -> dict[str, Any]:
-    data = build({name: config.data[name] for name in ("train", "heldout")})
-    return {**data, "batch_size": config.batch_size // config.accumulate, "seed": config.seed,
-            "num_workers": config.num_workers}
+    """Settings that both data modules take; `batch_size` images per optimizer step come in `accumulate` pieces."""
+    return {"train": build(config.data.train), "heldout": build(config.data.heldout), "seed": config.seed,
+            "batch_size": config.batch_size // config.accumulate, "num_workers": config.num_workers}
 
 
 def common(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -167,6 +168,10 @@ def make_trainer(config: DictConfig, folder: Path, module: TrainingModule, callb
     """Lightning's trainer over steps, not epochs; clipping is the module's where it optimises by hand."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Checkpoints after the step are what we want; the other is a message between Lightning and torch.
+    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
     checkpoints = ModelCheckpoint(folder / "checkpoints", "last", every_n_train_steps=config.checkpoint_every,
                                   enable_version_counter=False)
     resumption = len(list((folder / "logs").glob("*")))
