@@ -1,0 +1,8 @@
+"""Prompts to features that generators are conditioned on."""
+
+from varzoo.text.encoder import TextEncoder
+from varzoo.text.features import TextFeatures, cached_features, class_features, load_features, save_features
+from varzoo.text.prompts import class_prompts, read_prompts
+
+__all__ = ["TextEncoder", "TextFeatures", "cached_features", "class_features", "class_prompts", "load_features",
+           "read_prompts", "save_features"]
