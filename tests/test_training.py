@@ -13,10 +13,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from varzoo.cli.sample import sample
+from varzoo.cli.sample import place, sample
 from varzoo.core.checkpoint import read_config, read_weights
 from varzoo.demo import demo
-from varzoo.loading import compose_config, load, register_run
+from varzoo.loading import Model, build, compose_config, load, register_run
 from varzoo.training.callbacks import read_metrics
 from varzoo.training.run import train
 
@@ -209,6 +209,19 @@ def test_bad_input_to_sampling(generator_run: Path, tmp_path: Path, override: st
     with pytest.raises(ValueError, match=message):
         sample(config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("generator", ["llamagen", "mar"])
+def test_weights_in_bfloat16(generator_run: Path, generator: str) -> None:
+    model = load(generator_run)
+    if generator == "mar":
+        config = compose_config("train", ["experiment=smoke_mar", "sampler.plan.steps=4", "sampler.draw.steps=3"])
+        model = Model(tokenizer=build(config.tokenizer).eval(), generator=build(config.generator).eval(),
+                      sampler=build(config.sampler))
+    model = place(model, "cpu", torch.bfloat16)
+    assert {parameter.dtype for parameter in model.generator.parameters()} == {torch.bfloat16}
+    images, _ = model.sample([3, 7])
+    assert images.shape == (2, 3, 16, 16)
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:

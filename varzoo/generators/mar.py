@@ -156,7 +156,8 @@ class MARDecoding(Decoding):
     def __init__(self, generator: MAR, vectors: Tensor, steps: list[Step], guidance: Schedule | None) -> None:
         spec = generator.spec
         self.generator, self.vectors, self.guidance = generator, vectors, guidance
-        self.tokens = vectors.new_zeros(len(vectors), spec.length, spec.size)
+        # float32 whatever the weights are: rounding latents would be seen in the pixels
+        self.tokens = torch.zeros(len(vectors), spec.length, spec.size, device=vectors.device)
         self._known = torch.zeros(len(vectors), spec.length, dtype=torch.bool, device=vectors.device)
         self._steps = iter(steps)
 

@@ -112,8 +112,8 @@ class ConditionedMLP:
 
     def __init__(self, network: DiffusionMLP, times: Tensor, condition: Tensor) -> None:
         self.network = network
-        self.times = network.time_embed(time_frequencies(times))
         self.condition = network.condition_embed(condition)
+        self.times = network.time_embed(time_frequencies(times).to(self.condition.dtype))
         per_step = (3 * network.depth + 2) * self.condition.numel()
         self.chunk = max(1, MODULATION_NUMBERS // max(1, per_step))
         self._first, self._modulation = -1, []
@@ -126,6 +126,7 @@ class ConditionedMLP:
             times = self.times[first:first + self.chunk]
             times = times.view(len(times), *[1] * (self.condition.ndim - 1), -1)
             self._first, self._modulation = first, self.network.modulation(times + self.condition)
+        noised = noised.to(self.condition.dtype)  # the solver's state stays float32, the network has its own precision
         return self.network.modulated(noised, [modulation[k - first] for modulation in self._modulation])
 
 

@@ -101,7 +101,7 @@ class MaskedViT(nn.Module):
     def encode(self, tokens: Tensor, visible: Tensor, condition: Tensor) -> Tensor:
         """Buffer slots, then visible tokens, encoded: `[B, buffer_size + V, encoder_width]`."""
         buffer = condition[:, None].expand(-1, self.buffer_size, -1)
-        hidden = torch.cat([buffer, self.token_embed(take_rows(tokens, visible))], dim=1)
+        hidden = torch.cat([buffer, self.token_embed(take_rows(tokens, visible).to(buffer.dtype))], dim=1)
         hidden = self.token_norm(hidden + self.encoder_positions[0][self._slots(visible)])
         for block in self.encoder_blocks:
             hidden = block(hidden)
