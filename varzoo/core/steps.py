@@ -74,6 +74,50 @@ class FirstSteps(Schedule):
         return self.scale if step.index <= self.last else 1.0
 
 
+@dataclass(frozen=True)
+class FirstTokens(Schedule):
+    """`scale` as long as at most `last` tokens are drawn, 1 afterwards (NAR's `cfg_interval`)."""
+
+    scale: float
+    last: int
+
+    def __call__(self, step: Step) -> float:
+        return self.scale if step.drawn <= self.last else 1.0
+
+
+@dataclass(frozen=True)
+class Linspace(Schedule):
+    """From `first` at the first token to `scale` at the last, linear in the tokens drawn (D-AR's "first,scale").
+
+    A first value of exactly 1 becomes 1.001 where the last is larger, as officially.
+    """
+
+    first: float
+    scale: float
+
+    def __call__(self, step: Step) -> float:
+        first = 1.001 if self.first == 1 < self.scale else self.first
+        return first + (self.scale - first) * step.drawn / max(step.total - 1, 1)
+
+
+@dataclass(frozen=True)
+class Ramp(Schedule):
+    """From 1 at the first step, linearly to `scale` at the share `until` of the steps, then constant.
+
+    Token-Shuffle's half-linear guidance is `until` = 0.5, its linear one 1.
+    """
+
+    scale: float
+    until: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.until <= 1:
+            raise ValueError(f"a ramp ends at a share of the steps in (0, 1], got until={self.until}.")
+
+    def __call__(self, step: Step) -> float:
+        return 1 + (self.scale - 1) * min(1.0, step.index / (self.until * step.of))
+
+
 def at_step(value: Any, step: Step) -> Any:
     """The value of an option at a step: schedules are evaluated, everything else is returned as it is."""
     return value(step) if isinstance(value, Schedule) else value

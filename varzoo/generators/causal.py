@@ -1,72 +1,64 @@
 """Causal generators: tokens are fed in an order, each seeing only what came before, with a key-value cache.
 
-An `Order` says which raster positions are drawn in which step and when each cache slot became known; visibility is one
-rule, `turn[key] <= turn[query]`, for the training mask and for decoding alike. Raster and 1-D orders, Manhattan shells
-and blocks are orders; nothing else tells those families apart.
+What a family is, its `Order` says: which positions a step draws, what is visible, and which hidden state each head
+reads for them. A new generator says how ids become embeddings, and how hidden states become logits.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from varzoo.core.draws import AnyDraws
+from varzoo.core.keymap import Ignore, Rename
+from varzoo.core.losses import Losses
+from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
-from varzoo.generators.base import Condition, Decoding, Generator
+from varzoo.generators.base import Batch, Condition, Decoding, Generator
 from varzoo.generators.conditioners import Conditioner
-from varzoo.nn.llama import LlamaStack
+from varzoo.generators.orders import Order, Turn
+from varzoo.nn.kv_cache import KVCache
+from varzoo.nn.llama import LlamaStack, Sight
 from varzoo.predictions.base import Prediction
 from varzoo.predictions.categorical import Categorical
 
 
-@dataclass(frozen=True)
-class Order:
-    """The order in which the N positions are drawn, and what each slot may see.
-
-    Args:
-        steps: raster positions `[n_s]` drawn in each step, ascending.
-        turn: `[T + N]` turn of each slot: the T prefix slots, then position p at slot T + p.
-    """
-
-    steps: tuple[Tensor, ...]
-    turn: Tensor
-
-    @classmethod
-    def raster(cls, prefix: int, length: int) -> Order:
-        """One position per step, in raster order, after a causal prefix."""
-        return cls(steps=tuple(torch.arange(length).split(1)), turn=torch.arange(prefix + length))
-
-    def visible(self, slots: Tensor, reach: int) -> Tensor:
-        """Which of the first `reach` slots the given slots `[n]` see, boolean `[n, reach]`."""
-        return self.turn[:reach] <= self.turn[slots][:, None]
-
-
 class CausalGenerator(Generator):
-    """Base of generators that feed tokens causally through a LlamaStack after prefix tokens.
+    """Base of generators that feed tokens causally after prefix tokens.
 
-    Subclasses set `conditioner`, `stack`, `order` and `rotary` (rows `[T + N, head_dim / 2, 2]`), and say how tokens
-    become embeddings and hidden states become logits.
+    Subclasses have a `conditioner` and an `order`. Heads are numbered as in `order.sources`; where several predict a
+    position, their logits are averaged.
     """
 
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": Categorical}
 
     conditioner: Conditioner
-    stack: LlamaStack
     order: Order
-    rotary: Tensor
 
     @abstractmethod
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids `[B, n]` -> embeddings `[B, n, width]`."""
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids `[B, m k]`, cell by cell -> embeddings `[B, m, width]`."""
 
     @abstractmethod
-    def step_logits(self, hidden: Tensor, step: Step) -> Tensor:
-        """Hidden states of the slots fed last `[B, m, width]` -> logits `[B, n, V]` of the step's positions."""
+    def run(self, x: Tensor, slots: slice, *, sight: Sight, cache: KVCache | None = None) -> list[Tensor]:
+        """Embeddings `[B, n, width]` of the given slots -> hidden states `[B, n, width]`, one per head."""
+
+    @abstractmethod
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache of all slots."""
+
+    @abstractmethod
+    def project(self, head: int, features: Tensor) -> Tensor:
+        """Features `[B, n, width]` of positions -> logits `[B, n, V]`, by an affine map."""
+
+    def features(self, head: int, hidden: Tensor) -> Tensor:
+        """Hidden states `[B, m, width]` that a head reads -> features `[B, m k, width]` of the ids it predicts."""
+        return hidden
 
     @property
     def num_classes(self) -> int | None:
@@ -77,29 +69,62 @@ class CausalGenerator(Generator):
             raise ValueError(f"{type(self).__name__} here is class-conditional, but text features were given.")
         super().check_condition(condition)
 
-    def hidden(self, tokens: Tensor, condition: Condition, dropped: Tensor | None = None) -> Tensor:
-        """Teacher-forced hidden states `[B, T + m, width]` of the prefix and the first m tokens `[B, m]`."""
-        prefix = self.conditioner(condition, dropped)
-        x = torch.cat([prefix, self.embed(tokens)], dim=1)
-        mask = self.mask(torch.arange(x.shape[1]), x.shape[1], condition.mask)
-        return self.stack(x, self.rotary[:x.shape[1]], mask=mask)
+    def sight(self, length: int, valid: Tensor | None, device: torch.device) -> Sight:
+        """What each of the first `length` slots sees: what was known in its turn, without the padding of captions.
 
-    def mask(self, slots: Tensor, reach: int, valid: Tensor | None) -> Tensor | None:
-        """Attention mask of the slots fed, `[n, reach]` or `[B, 1, n, reach]`; None where plain causality says it all.
-
-        Padding of a caption (`valid` `[B, T]` False) is hidden from all slots but itself.
+        A padded token (`valid` `[B, T]` False) is hidden from all but itself.
         """
-        visible = self.order.visible(slots, reach)
-        device = self.rotary.device
+        visible = self.order.visible(length)
         if valid is None:
-            causal = torch.ones_like(visible).tril(reach - len(slots))
-            # A single query that sees all, or queries from slot 0 on that see causally, need no mask.
-            plain = torch.equal(visible, causal) and (len(slots) == 1 or len(slots) == reach)
-            return None if plain else visible.to(device)
-        keys = torch.ones(len(valid), reach, dtype=torch.bool, device=device)
-        keys[:, :valid.shape[1]] = valid
-        itself = slots[:, None] == torch.arange(reach)
-        return ((visible.to(device) & keys[:, None]) | itself.to(device))[:, None]
+            return Sight(causal=True) if visible is None else Sight(mask=visible.to(device))
+        if visible is None:
+            visible = torch.ones(length, length, dtype=torch.bool).tril()
+        keys = known_keys(valid, length)
+        itself = torch.eye(length, dtype=torch.bool, device=device)
+        return Sight(mask=(visible.to(device) & keys) | itself)
+
+    def hidden(self, ids: Tensor, condition: Condition, dropped: Tensor | None = None) -> list[Tensor]:
+        """Teacher-forced hidden states `[B, T + m, width]`, one per head.
+
+        Args:
+            ids: `[B, m k]` of the first m cells, as drawn.
+            condition: of the prefix; samples where `dropped` `[B]` is True get the null condition.
+        """
+        x = torch.cat([self.conditioner(condition, dropped), self.embed(ids)], dim=1)
+        length = x.shape[1]
+        return self.run(x, slice(0, length), sight=self.sight(length, condition.mask, x.device))
+
+    def logits(self, tokens: Tensor, condition: Condition, dropped: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits `[B, N, V]`, float32, given all tokens `[B, N]`; both in raster order."""
+        turn = self.order.everything.to(tokens.device)
+        return self.merge(self.read(self.hidden(tokens[:, turn.ids], condition, dropped), turn), turn)
+
+    def read(self, hidden: Sequence[Tensor], turn: Turn) -> list[Tensor]:
+        """Of what was fed before a turn, the features that each head reads for the turn's positions, ascending."""
+        features = [self.features(head, states[:, reading.at])
+                    for head, (states, reading) in enumerate(zip(hidden, turn.readings))]
+        return [part if reading.pick is None else part[:, reading.pick]
+                for part, reading in zip(features, turn.readings)]
+
+    def merge(self, features: Sequence[Tensor], turn: Turn) -> Tensor:
+        """Logits `[B, n, V]`, float32, of a turn's positions: the mean over the heads that predict each."""
+        parts = [self.project(head, part).float() for head, part in enumerate(features)]
+        if turn.share is None:
+            return parts[0]
+        logits = parts[0].new_zeros(len(parts[0]), len(turn.positions), parts[0].shape[-1])
+        for part, reading in zip(parts, turn.readings):
+            logits = logits + part if reading.to is None else logits.index_add(1, reading.to, part)
+        return logits * turn.share
+
+    def teach(self, batch: Batch, draws: AnyDraws) -> Tensor:
+        """Teacher-forced logits of a training batch, some of its conditions dropped."""
+        self.check_condition(batch.condition)
+        dropped = draws.uniform("drop_condition") < self.conditioner.drop
+        return self.logits(batch.tokens, batch.condition, dropped)
+
+    def loss(self, batch: Batch, draws: AnyDraws, progress: float) -> Losses:
+        """Mean cross-entropy over all tokens, in nats; samples are weighted by `batch.weights`."""
+        return weigh({"cross_entropy": cross_entropy(self.teach(batch, draws), batch.tokens)}, batch.weights)
 
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> CausalDecoding:
@@ -109,20 +134,39 @@ class CausalGenerator(Generator):
         return CausalDecoding(self, condition, of_phase(guidance))
 
 
+def known_keys(valid: Tensor, length: int) -> Tensor:
+    """Which of the first `length` slots are not padding, `[B, 1, 1, length]`, given that of the prefix `[B, T]`."""
+    return F.pad(valid, (0, length - valid.shape[1]), value=True)[:, None, None]
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over the tokens of each sample, `[B]`, of logits `[B, N, V]` against ids `[B, N]`."""
+    return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(dim=1)
+
+
+def weigh(parts: Mapping[str, Tensor], weights: Tensor | None) -> Losses:
+    """The sum of parts `[B]`, averaged over the batch with the samples' weights."""
+    first = next(iter(parts.values()))
+    weights = torch.ones_like(first) if weights is None else weights.to(first.dtype)
+    means = {name: (part * weights).sum() / weights.sum().clamp(min=1e-9) for name, part in parts.items()}
+    return Losses(torch.stack(list(means.values())).sum(), {name: mean.detach() for name, mean in means.items()})
+
+
 class CausalDecoding(Decoding):
     """One batch of a causal generator being drawn: its tokens, its cache and the tokens not fed yet."""
 
     def __init__(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None) -> None:
-        order, self.generator, self.guidance = generator.order, generator, guidance
-        device = generator.rotary.device
+        self.generator, self.guidance = generator, guidance
+        device = next(generator.parameters()).device
+        self._turns = generator.order.on(device)
         total = generator.spec.length
         drawn = 0
         self._plan: list[Step] = []
-        for index, positions in enumerate(order.steps):
-            left = total - drawn - len(positions)
-            self._plan.append(Step(index=index, of=len(order.steps), drawn=drawn, left=left, total=total,
-                                   positions=positions.expand(condition.size, -1).to(device)))
-            drawn += len(positions)
+        for index, turn in enumerate(self._turns):
+            count = len(turn.positions)
+            self._plan.append(Step(index=index, of=len(self._turns), drawn=drawn, left=total - drawn - count,
+                                   total=total, positions=turn.positions.expand(condition.size, -1)))
+            drawn += count
         guided = needs_null_branch(guidance, self._plan)
 
         condition = condition.to(device)
@@ -130,7 +174,8 @@ class CausalDecoding(Decoding):
         self._branches = len(branches)
         self._prefix = torch.cat([generator.conditioner(branch) for branch in branches])
         self._valid = None if condition.mask is None else condition.mask.repeat(self._branches, 1)
-        self._cache = generator.stack.new_cache(len(self._prefix), self._prefix.shape[1] + total)
+        self._cache = generator.new_cache(len(self._prefix))
+        self._keys = None if self._valid is None else known_keys(self._valid, self._cache.slots)
         self._done = 0
         self.tokens = torch.zeros(condition.size, total, dtype=torch.long, device=device)
 
@@ -140,27 +185,92 @@ class CausalDecoding(Decoding):
             yield self._plan[self._done]
 
     def predict(self, step: Step) -> Categorical:
-        logits = self.generator.step_logits(self._feed(step), step)
+        turn = self._turns[step.index]
+        features = self.generator.read(self._feed(turn), turn)
         if self._branches == 2:
-            conditional, null = logits.chunk(2)
-            scale = self.guidance(step)
-            logits = conditional if scale == 1 else null + scale * (conditional - null)
-        return Categorical(logits=logits, positions=step.positions)
+            # Heads are affine, so guided features give guided logits, at half the work of guiding the logits.
+            features = [guide(part, self.guidance(step)) for part in features]
+        return Categorical(logits=self.generator.merge(features, turn), positions=step.positions)
 
     def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:
         self.tokens.scatter_(1, step.positions, tokens)
         self._done = step.index + 1
 
-    def _feed(self, step: Step) -> Tensor:
+    def _feed(self, turn: Turn) -> list[Tensor]:
         """Feed what the step before drew (the prefix before the first); a second call writes the same slots again."""
-        prefix = self._prefix.shape[1]
-        if step.index == 0:
-            x, slots = self._prefix, torch.arange(prefix)
+        start, self._cache.reach = turn.fed
+        if start == 0:
+            x, sight = self._prefix, self.generator.sight(self._cache.reach, self._valid, self._prefix.device)
         else:
-            positions = self.generator.order.steps[step.index - 1]
-            tokens = self.tokens[:, positions.to(self.tokens.device)].repeat(self._branches, 1)
-            x, slots = self.generator.embed(tokens), prefix + positions
-        self._cache.reach = int(slots.max()) + 1
-        mask = self.generator.mask(slots, self._cache.reach, self._valid)
-        slots = slots.to(x.device)
-        return self.generator.stack(x, self.generator.rotary[slots], mask=mask, cache=self._cache, slots=slots)
+            x = self.generator.embed(self.tokens[:, turn.ids].repeat(self._branches, 1))
+            # Everything in the cache was known before, or becomes known now: only padding is hidden.
+            sight = Sight(mask=None if self._keys is None else self._keys[..., :self._cache.reach])
+        return self.generator.run(x, slice(*turn.fed), sight=sight, cache=self._cache)
+
+
+def guide(features: Tensor, scale: float) -> Tensor:
+    """null + scale (conditional - null) `[B, ...]` of features `[2 B, ...]`, conditional first; exact at scale 1."""
+    conditional, null = features.chunk(2)
+    return conditional if scale == 1 else torch.lerp(null.float(), conditional.float(), scale).to(features.dtype)
+
+
+class LlamaGenerator(CausalGenerator):
+    """Base of those whose backbone is the LLaMA stack (LlamaGen, D-AR, NAR), which rotary rows tell where it is.
+
+    Args:
+        spec: discrete tokens of depth 1; `size` is the vocabulary.
+        conditioner: what the prefix tokens are.
+        order: of the cells after them.
+        rows: rotary rows `[T + N, head_dim / 2, 2]` of the prefix tokens and of the positions in raster order.
+        width, depth, heads: of the stack.
+        multiple_of: SwiGLU's hidden width is rounded up to a multiple of this.
+        norm_eps: epsilon of every RMSNorm.
+        token_dropout: dropout on embeddings, prefix included.
+        attention_dropout, mlp_dropout: dropout on the outputs of attention and MLP.
+    """
+
+    def __init__(self, *, spec: TokenSpec, conditioner: Conditioner, order: Order, rows: Tensor, width: int,
+                 depth: int, heads: int, multiple_of: int, norm_eps: float, token_dropout: float,
+                 attention_dropout: float, mlp_dropout: float) -> None:
+        super().__init__()
+        self.spec, self.conditioner, self.order = spec, conditioner, order
+        self.embedding = nn.Embedding(spec.size, width)
+        self.dropout = nn.Dropout(token_dropout)
+        self.stack = LlamaStack(width=width, depth=depth, heads=heads, exits=len(order.sources),
+                                multiple_of=multiple_of, norm_eps=norm_eps, attention_dropout=attention_dropout,
+                                mlp_dropout=mlp_dropout)
+        slots = torch.cat([torch.arange(order.prefix), order.prefix + order.cells])
+        self.register_buffer("rotary", rows[slots], persistent=False)
+        self.register_buffer("slots", torch.arange(len(slots)), persistent=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids)
+
+    def run(self, x: Tensor, slots: slice, *, sight: Sight, cache: KVCache | None = None) -> list[Tensor]:
+        return self.stack(self.dropout(x), self.rotary[slots], sight=sight, cache=cache, slots=self.slots[slots])
+
+    def new_cache(self, batch: int) -> KVCache:
+        return self.stack.new_cache(batch, len(self.rotary))
+
+
+def initialise(module: nn.Module) -> None:
+    """LlamaGen's initial weights: N(0, 0.02) in every linear layer and table."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+LLAMA_RULES = (  # LlamaGen's names, in everything built on its code
+    Rename("cls_embedding.embedding_table.weight", "conditioner.table.weight"),
+    Rename("cls_embedding.cap_proj.fc1.weight", "conditioner.projection.0.weight"),
+    Rename("cls_embedding.cap_proj.fc2.weight", "conditioner.projection.2.weight"),
+    Rename("cls_embedding.uncond_embedding", "conditioner.null_features"),
+    Rename("tok_embeddings.weight", "embedding.weight"),
+    Rename("layers.{i}.attention.wqkv.weight", "stack.blocks.{i}.attention.qkv.weight"),
+    Rename("layers.{i}.attention.wo.weight", "stack.blocks.{i}.attention.out.weight"),
+    Rename("layers.{i}.feed_forward.w1.weight", "stack.blocks.{i}.mlp.gate.weight"),
+    Rename("layers.{i}.feed_forward.w3.weight", "stack.blocks.{i}.mlp.up.weight"),
+    Rename("layers.{i}.feed_forward.w2.weight", "stack.blocks.{i}.mlp.down.weight"),
+    Rename("layers.{i}.attention_norm.weight", "stack.blocks.{i}.attention_norm.weight"),
+    Rename("layers.{i}.ffn_norm.weight", "stack.blocks.{i}.mlp_norm.weight"),
+    Ignore("freqs_cis"),  # older files carry the rotary table
+)

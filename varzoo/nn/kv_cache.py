@@ -14,6 +14,7 @@ class KVCache:
         dtype, device: of the stored tensors.
 
     Attributes:
+        slots: number of slots.
         reach: attention reads slots 0 .. reach - 1; the decoding sets it before it feeds. Kept at `slots`, every call
             has the same shapes, as compilation wants; raised step by step, eager decoding reads only what is there.
     """
@@ -22,7 +23,7 @@ class KVCache:
                  device: torch.device | str) -> None:
         self.keys = torch.zeros(layers, batch, heads, slots, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.reach = slots
+        self.slots = self.reach = slots
 
     def update(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write keys and values `[B, heads, n, head_dim]` at `slots` `[n]`; return all that attention may read."""
