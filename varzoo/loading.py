@@ -74,7 +74,7 @@ def build(config: Mapping[str, Any] | DictConfig) -> Any:
         return instantiate(config, _convert_="all")
     except Exception as error:
         cause = error.__cause__
-        if isinstance(cause, ValueError | FileNotFoundError):
+        if isinstance(cause, ValueError | FileNotFoundError | ImportError):
             raise cause from None
         raise
 

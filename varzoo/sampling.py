@@ -21,12 +21,14 @@ class Request:
     Args:
         labels: class of every image; None for an unconditional model or text.
         features: `[count, T, C]` text features with `mask` `[count, T]`.
+        prompts: the prompt of every image, where it is known.
         count: number of images where there is neither.
     """
 
     labels: Sequence[int] | None = None
     features: Tensor | None = None
     mask: Tensor | None = None
+    prompts: Sequence[str] = ()
     count: int = 0
 
     def __len__(self) -> int:

@@ -10,13 +10,13 @@ from typing import Any
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
 
-from varzoo.core.checkpoint import existing, weights_hash
+from varzoo.core.checkpoint import weights_hash
 from varzoo.core.errors import unknown
 from varzoo.eval.writers import NpzFile, PNGFolder, SampleWriter
-from varzoo.loading import Model, from_config, register_run
+from varzoo.loading import Model, build, from_config, register_run
 from varzoo.sampling import Request, draw
+from varzoo.text import TextFeatures, cached_features, load_features, read_prompts, shortened
 from varzoo.training.callbacks import save_grid
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,7 +27,7 @@ OUTPUTS = ("grid", "folder", "npz")
 def _run(config: DictConfig) -> None:
     try:
         print(f"samples: {sample(config)}")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -65,10 +65,12 @@ def sample(config: DictConfig) -> Path:
 
 
 def draw_grid(config: DictConfig, model: Model, request: Request, path: Path) -> Path:
-    """Draw everything into one PNG, a row per label."""
+    """Draw everything into one PNG, a row per label or prompt."""
     batches = draw(model, request, seed=config.seed, batch_size=config.batch_size)
     images = torch.cat([samples.images for samples in batches])
-    if request.labels is None:
+    if request.prompts:
+        names = [shortened(prompt) for prompt in request.prompts[::config.per_class]]
+    elif request.labels is None:
         names = [""] * (len(images) // config.per_class or 1)
     else:
         rows = request.labels[::config.per_class]
@@ -78,25 +80,46 @@ def draw_grid(config: DictConfig, model: Model, request: Request, path: Path) ->
 
 
 def make_request(config: DictConfig, model: Model) -> Request:
-    """The images asked for: `per_class` of every label, or of every caption in a file of text features."""
-    if config.features is not None:
-        tensors = load_file(existing(config.features))
-        if set(tensors) != {"features", "mask"}:
-            raise ValueError(f"{config.features} must hold features [B, T, C] and mask [B, T], got {sorted(tensors)}.")
-        repeated = {name: tensor.repeat_interleave(config.per_class, dim=0) for name, tensor in tensors.items()}
-        return Request(features=repeated["features"], mask=repeated["mask"].bool())
+    """The images asked for: `per_class` of every label, or of every prompt or row of text features."""
+    given = [name for name in ("prompts", "features", "text_encoder") if config[name] is not None]
     if model.generator.num_classes is None:
-        raise ValueError("this model is conditioned on text: give features=FILE.safetensors (features and mask).")
+        if config.labels is not None:
+            raise ValueError("this model is conditioned on text and knows no labels: give prompts=FILE instead.")
+        text, times = text_features(config), config.per_class
+        return Request(features=text.features.repeat_interleave(times, dim=0),
+                       mask=text.mask.repeat_interleave(times, dim=0),
+                       prompts=[prompt for prompt in text.prompts for _ in range(times)])
+    if given:
+        raise ValueError(f"this model is conditioned on classes, so it takes labels=[...] and no {' or '.join(given)}.")
     labels = range(model.generator.num_classes) if config.labels is None else config.labels
     model.generator.check_condition(Request(labels=list(labels)).condition(range(len(labels))))
     return Request(labels=[label for label in labels for _ in range(config.per_class)])
 
 
+def text_features(config: DictConfig) -> TextFeatures:
+    """The features asked for: encoded from prompts (and kept, if there is a file to keep them in), or from a file."""
+    if config.prompts is None:
+        if config.features is None or config.text_encoder is not None:
+            raise ValueError("this model is conditioned on text: give prompts=FILE (one per line), or "
+                             "features=FILE.safetensors without a text encoder.")
+        return load_features(config.features)
+    if config.text is None:
+        raise ValueError("which text encoder is this model's? Name its config, as in text=t5_xl.")
+    prompts, settings = read_prompts(config.prompts), config.text
+    if config.text_encoder is not None:  # naming an encoder is also the leave to download it
+        settings = OmegaConf.merge(settings, {"source": config.text_encoder, "download": True})
+    encoder = build(settings).to(device=chosen_device(config.device), dtype=PRECISIONS[config.precision])
+    return encoder.encode(prompts) if config.features is None else cached_features(config.features, prompts, encoder)
+
+
+def chosen_device(name: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 def place(model: Model, device: str, dtype: torch.dtype) -> Model:
     """Move both networks to the device; only weights change their dtype, tables stay float32."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     for network in (model.tokenizer, model.generator):
-        network.to(device)
+        network.to(chosen_device(device))
     for parameter in model.generator.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -104,8 +127,10 @@ def place(model: Model, device: str, dtype: torch.dtype) -> Model:
 
 def describe(config: DictConfig, model: Model, request: Request) -> dict[str, Any]:
     """What identifies a set of samples: another run's output folder is refused by it."""
+    text = {} if request.features is None else {
+        "text": weights_hash({"features": request.features, "mask": request.mask})}
     return {
-        "generator": weights_hash(model.generator.state_dict()),
+        **text, "generator": weights_hash(model.generator.state_dict()),
         "tokenizer": weights_hash(model.tokenizer.state_dict()),
         "sampler": OmegaConf.to_container(config.sampler, resolve=True), "seed": config.seed,
         "precision": config.precision, "count": len(request), "uint8_rule": model.tokenizer.uint8_rule,

@@ -2,7 +2,7 @@
 
 from varzoo.text.encoder import TextEncoder
 from varzoo.text.features import TextFeatures, cached_features, class_features, load_features, save_features
-from varzoo.text.prompts import class_prompts, read_prompts
+from varzoo.text.prompts import class_prompts, read_prompts, shortened
 
 __all__ = ["TextEncoder", "TextFeatures", "cached_features", "class_features", "class_prompts", "load_features",
-           "read_prompts", "save_features"]
+           "read_prompts", "save_features", "shortened"]

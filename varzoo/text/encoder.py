@@ -21,6 +21,7 @@ from varzoo.core.errors import unknown
 from varzoo.text.cleaning import cleaning
 from varzoo.text.extra import require
 from varzoo.text.features import TextFeatures
+from varzoo.text.prompts import shortened
 
 PADDING_SIDES = ("left", "right")
 
@@ -79,8 +80,8 @@ class TextEncoder(nn.Module):
                                     max_length=self.length if truncate else None).input_ids
             if len(tokens) > self.length:
                 raise ValueError(
-                    f"prompt {row} ({shortened(prompt)!r}) has {len(tokens)} tokens, at most {self.length} fit: shorten "
-                    "it, or set text.truncate=true to cut it as the official code does.")
+                    f"prompt {row} ({shortened(prompt)!r}) has {len(tokens)} tokens, at most {self.length} fit: "
+                    "shorten it, or let it be cut as in the official code (text.truncate=true).")
             ids[row, :len(tokens)], counts[row] = torch.tensor(tokens), len(tokens)
         return ids, torch.arange(self.length) < counts
 
@@ -105,11 +106,6 @@ class TextEncoder(nn.Module):
         return TextFeatures(features=hidden.masked_fill(~valid[..., None], 0), mask=valid, prompts=tuple(prompts))
 
 
-def shortened(prompt: str, width: int = 40) -> str:
-    """A prompt in at most `width` characters."""
-    return prompt if len(prompt) <= width else prompt[:width - 3].rstrip() + "..."
-
-
 def _load(source: str, download: bool) -> tuple[Any, nn.Module]:
     """Tokenizer and encoder in eval mode, frozen."""
     transformers = require("transformers")
@@ -120,9 +116,9 @@ def _load(source: str, download: bool) -> tuple[Any, nn.Module]:
     options = {"local_files_only": folder.is_dir() or not download}
     name = str(folder) if folder.is_dir() else source
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         model, report = transformers.T5EncoderModel.from_pretrained(name, output_loading_info=True, **options)
-    except OSError as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(_absent(source, folder, download, error)) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -131,7 +127,7 @@ def _load(source: str, download: bool) -> tuple[Any, nn.Module]:
     return tokenizer, model.float().requires_grad_(False).eval()
 
 
-def _absent(source: str, folder: Path, download: bool, error: OSError) -> str:
+def _absent(source: str, folder: Path, download: bool, error: Exception) -> str:
     reason = str(error).splitlines()[0]
     if folder.is_dir():
         return f"{source} holds no complete text encoder ({reason}); it must have config.json, weights and tokenizer."

@@ -31,3 +31,8 @@ def class_prompts(class_names: Sequence[str], template: str) -> list[str]:
     if "{}" not in template:
         raise ValueError(f"template {template!r} must contain {{}} where the class's name goes.")
     return [template.replace("{}", name) for name in class_names]
+
+
+def shortened(prompt: str, width: int = 40) -> str:
+    """A prompt in at most `width` characters."""
+    return prompt if len(prompt) <= width else prompt[:width - 3].rstrip() + "..."
