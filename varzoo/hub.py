@@ -49,6 +49,9 @@ PUBLISHED = {
     "llamagen_3b_384": _llamagen("llamagen_3b_384", "c2i_3B_384.pt"),
     "llamagen_xl_t2i_256": _llamagen("llamagen_xl_t2i_256", "t2i_XL_stage1_256.pt", "peizesun/llamagen_t2i"),
     "llamagen_xl_t2i_512": _llamagen("llamagen_xl_t2i_512", "t2i_XL_stage2_512.pt", "peizesun/llamagen_t2i"),
+    **{f"dar_{size}": Published(
+        config=f"dar_{size}", repo="showlab/D-AR", file=f"D-AR-{size.upper()}-360K.pt", layout="llamagen",
+        licence="MIT (of the repository)", note="its tokenizer is not in varzoo yet") for size in ("l", "xl")},
     "kl16": Published(config="kl16", repo="jadechoghari/mar", file="kl16.ckpt", layout="mar", licence="MIT",
                       note="a mirror named by the official README; file names there are not verified"),
     **{f"mar_{size}": Published(
