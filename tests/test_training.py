@@ -216,7 +216,8 @@ def test_weights_in_bfloat16(generator_run: Path, generator: str) -> None:
     model = load(generator_run)
     if generator == "mar":
         config = compose_config("train", ["experiment=smoke_mar", "sampler.plan.steps=4", "sampler.draw.steps=3"])
-        model = Model(tokenizer=build(config.tokenizer).eval(), generator=build(config.generator).eval(),
+        tokenizer = build(compose_config("train", ["experiment=smoke_kl"]).tokenizer)
+        model = Model(tokenizer=tokenizer.eval(), generator=build(config.generator).eval(),
                       sampler=build(config.sampler))
     model = place(model, "cpu", torch.bfloat16)
     assert {parameter.dtype for parameter in model.generator.parameters()} == {torch.bfloat16}
