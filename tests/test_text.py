@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+from varzoo.cli.sample import sample
 from varzoo.core.checkpoint import read_config
 from varzoo.core.draws import Draws
 from varzoo.generators.llamagen import LlamaGen
@@ -326,3 +327,45 @@ def test_prompts_become_a_grid_of_pictures(official: Path, folder: Path, tmp_pat
     picture = Image.open(out)
     assert picture.width > 2 * 64 and picture.height > 3 * 32  # rows of two, names at their left
     assert load_features(tmp_path / "cache.safetensors").prompts == tuple(PROMPTS)
+
+
+def in_process(official: Path, *arguments: str) -> Path:
+    return sample(compose_config("sample", command(official, *arguments)[2:]))
+
+
+def test_a_model_without_a_text_encoder_of_its_own_asks_for_one(official: Path, tmp_path: Path) -> None:
+    config = compose_config("sample", command(official, f"prompts={tmp_path / 'prompts.txt'}")[2:])
+    config.text = None  # as in a run of one's own
+    with pytest.raises(ValueError, match="text=t5_xl"):
+        sample(config)
+
+
+def test_a_folder_of_samples_belongs_to_its_prompts(official: Path, folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    arguments = [f"prompts={prompts}", f"text_encoder={folder}", f"out={tmp_path / 'pictures'}", "output=folder"]
+    prompts.write_text("a red cat\ndog\n")
+    pictures = in_process(official, *arguments)
+    assert sorted(path.name for path in pictures.glob("*.png")) == [f"{index:06d}.png" for index in range(4)]
+    prompts.write_text("a red dog\ncat\n")
+    with pytest.raises(ValueError, match="another run"):
+        in_process(official, *arguments)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "give prompts=FILE"),
+    (["labels=[3]"], "knows no labels"),
+    (["prompts=absent.txt"], "no prompts at absent.txt"),
+    (["prompts={prompts}", "text_encoder=./absent"], "no text encoder at ./absent"),
+    (["prompts={prompts}", "text_encoder={folder}", "text.channels=8"], "makes features of 16 channels, expected 8"),
+    (["prompts={prompts}", "text_encoder={folder}", "text.length=3"], "has 4 tokens, at most 3 fit"),
+    (["prompts={prompts}", "text_encoder={folder}", "text.length=5"], r"must be \[B, 6, 16\]"),
+    (["features={prompts}"], "kept as .safetensors"),
+    (["features=f.safetensors", "text_encoder={folder}"], "without a text encoder"),
+])
+def test_bad_requests_write_nothing(official: Path, folder: Path, tmp_path: Path, arguments: list[str],
+                                    message: str) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "grid.png"
+    prompts.write_text("a red cat\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        in_process(official, f"out={out}", *(text.format(prompts=prompts, folder=folder) for text in arguments))
+    assert not out.exists()
