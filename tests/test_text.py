@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,20 @@ def test_missing_encoders_say_what_to_do(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"could not be fetched.*copy its files into a folder"):
         load("nobody/t5", download=True)
+
+
+def test_a_copy_in_the_hubs_cache_is_used_without_a_request(tmp_path: Path, encoder: TextEncoder,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    make_encoder(tmp_path / "models--somebody--t5" / "snapshots" / "0123")
+    (tmp_path / "models--somebody--t5" / "refs").mkdir()
+    (tmp_path / "models--somebody--t5" / "refs" / "main").write_text("0123")
+    requests = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: requests.append(address))
+    cached = load("somebody/t5")
+    assert torch.equal(cached.encode(PROMPTS).features, encoder.encode(PROMPTS).features)
+    assert cached.identity() == {**encoder.identity(), "name": "somebody/t5"}
+    assert not requests
 
 
 def test_without_transformers_one_error_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from varzoo.core.checkpoint import weights_hash
@@ -109,17 +110,17 @@ class TextEncoder(nn.Module):
 def _load(source: str, download: bool) -> tuple[Any, nn.Module]:
     """Tokenizer and encoder in eval mode, frozen."""
     transformers = require("transformers")
-    folder = Path(source).expanduser()
-    if not folder.is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise FileNotFoundError(f"no text encoder at {source}: give the folder with its config.json, weights and "
-                                "tokenizer, or a name on the Hugging Face hub such as google/flan-t5-xl.")
-    options = {"local_files_only": folder.is_dir() or not download}
-    name = str(folder) if folder.is_dir() else source
+    place = _locate(source, download)
     try:
-        model, report = transformers.T5EncoderModel.from_pretrained(name, output_loading_info=True, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        model, report = transformers.T5EncoderModel.from_pretrained(place, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(_absent(source, folder, download, error)) from error
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{place} holds no complete text encoder ({reason}); it must have config.json, weights and tokenizer."
+            if isinstance(place, Path) else
+            f"text encoder {source} could not be fetched from the Hugging Face hub ({reason}). Without a network, copy "
+            "its files into a folder and name that, as in text_encoder=FOLDER.") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(f"{source} is not a whole T5 encoder: {len(missing)} weights are missing "
@@ -127,12 +128,19 @@ def _load(source: str, download: bool) -> tuple[Any, nn.Module]:
     return tokenizer, model.float().requires_grad_(False).eval()
 
 
-def _absent(source: str, folder: Path, download: bool, error: Exception) -> str:
-    reason = str(error).splitlines()[0]
+def _locate(source: str, download: bool) -> Path | str:
+    """The folder that holds the encoder, or its hub name where it may be downloaded."""
+    folder = Path(source).expanduser()
     if folder.is_dir():
-        return f"{source} holds no complete text encoder ({reason}); it must have config.json, weights and tokenizer."
+        return folder
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"no text encoder at {source}: give the folder with its config.json, weights and "
+                                "tokenizer, or a name on the Hugging Face hub such as google/flan-t5-xl.")
     if download:
-        return (f"text encoder {source} could not be fetched from the Hugging Face hub ({reason}). Without a network, "
-                "copy its files into a folder and name that, as in text_encoder=FOLDER.")
-    return (f"text encoder {source} is not in the local cache of the Hugging Face hub, and nothing is downloaded that "
+        return source
+    cached = try_to_load_from_cache(source, "config.json")  # a look at the disk: no request is made
+    if not isinstance(cached, str):
+        raise FileNotFoundError(
+            f"text encoder {source} is not in the local cache of the Hugging Face hub, and nothing is downloaded that "
             f"you did not name: text_encoder={source} downloads it, text_encoder=FOLDER takes a copy.")
+    return Path(cached).parent
