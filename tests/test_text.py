@@ -31,7 +31,7 @@ from varzoo.text import (
     read_prompts,
     save_features,
 )
-from varzoo.text.cleaning import clean_caption, cleaning
+from varzoo.text.cleaning import cleaning
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["a", "the", "red", "cat", "dog", "sits", "on", "mat", "handwritten", "digit", "zero", "one", "two", "three"]
@@ -97,6 +97,12 @@ def test_order_and_batches_do_not_matter(encoder: TextEncoder) -> None:
         alone = encoder.encode([prompt])
         torch.testing.assert_close(alone.features[0], together.features[row], atol=1e-5, rtol=1e-4)
     assert not torch.allclose(together.features[0], together.features[1])
+
+
+def test_training_around_it_changes_nothing(folder: Path, encoder: TextEncoder) -> None:
+    trained = torch.nn.ModuleList([load(folder)]).train()[0]
+    assert torch.equal(trained.encode(PROMPTS).features, encoder.encode(PROMPTS).features)
+    assert not any(parameter.requires_grad for parameter in trained.parameters())
 
 
 def test_a_prompt_that_is_too_long_is_refused_or_cut(folder: Path, encoder: TextEncoder) -> None:
@@ -172,7 +178,9 @@ def test_without_transformers_one_error_names_the_extra(folder: Path, monkeypatc
         load(folder)
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ImportError, match=r"needs ftfy.*pip install 'varzoo\[text\]'"):
-        clean_caption("a cat")
+        load(folder)
+    with pytest.raises(ImportError, match="needs transformers"):
+        load(folder, clean="lowercase")  # which needs no ftfy
 
 
 @pytest.mark.parametrize(("prompt", "cleaned"), [

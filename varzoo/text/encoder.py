@@ -51,13 +51,18 @@ class TextEncoder(nn.Module):
         if padding_side not in PADDING_SIDES:
             raise unknown("padding_side", padding_side, PADDING_SIDES)
         self.clean = cleaning(clean)
-        self.source, self.length, self.channels = str(source), length, channels
+        self.clean("")  # a package that it lacks is missed here, not after the weights are loaded
+        self.source, self.length = str(source), length
         self.settings = {"length": length, "channels": channels, "padding_side": padding_side, "clean": clean,
                          "truncate": truncate}
         self.tokenizer, self.model = _load(self.source, download)
         if self.model.config.d_model != channels:
             raise ValueError(f"text encoder {self.source} makes features of {self.model.config.d_model} channels, "
                              f"expected {channels}: choose the encoder that the generator was trained with.")
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Stay in eval mode: a frozen encoder inside a module that trains must not drop anything."""
+        return super().train(False)
 
     def identity(self) -> dict[str, Any]:
         """What decides the features: settings, dtype and a hash of weights and vocabulary, beside the name."""
