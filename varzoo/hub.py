@@ -11,6 +11,9 @@ from pathlib import Path
 from varzoo.core.errors import unknown
 
 
+WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """One released file.
@@ -18,7 +21,7 @@ class Published:
     Args:
         config: the config it belongs to: a name under `configs/tokenizer` or `configs/model`.
         repo: repository on the Hugging Face hub, None where it is published elsewhere.
-        file: file name there.
+        file: file name there; None where its authors do not say it, the repository then holds one file of weights.
         layout: its layout, a name of the model's `key_maps()`.
         licence: of the weights.
         note: what else a user needs to know.
@@ -26,7 +29,7 @@ class Published:
 
     config: str
     repo: str | None
-    file: str
+    file: str | None
     layout: str
     licence: str
     note: str = ""
@@ -34,6 +37,11 @@ class Published:
 
 def _llamagen(config: str, file: str, repo: str = "FoundationVision/LlamaGen", note: str = "") -> Published:
     return Published(config=config, repo=repo, file=file, layout="llamagen", licence="MIT", note=note)
+
+
+def _nar(config: str, repo: str, tokenizer: str = "vq16") -> Published:
+    return Published(config=config, repo=repo, file=None, layout="nar", licence="not stated",
+                     note=f"its tokenizer is {tokenizer}")
 
 
 PUBLISHED = {
@@ -52,6 +60,10 @@ PUBLISHED = {
     **{f"dar_{size}": Published(
         config=f"dar_{size}", repo="showlab/D-AR", file=f"D-AR-{size.upper()}-360K.pt", layout="llamagen",
         licence="MIT (of the repository)", note="its tokenizer is not in varzoo yet") for size in ("l", "xl")},
+    **{f"nar_{size}_256": _nar(f"nar_{size}_256", f"{owner}/NAR-imagenet-256-{size.upper()}")
+       for owner, sizes in (("chenfeng1271", ("b", "l", "xxl")), ("yefly", ("m", "xl"))) for size in sizes},
+    "nar_xl_t2i_256": _nar("nar_xl_t2i_256", "yefly/NAR-XL-t2i-stage1", "vq16_t2i"),
+    "nar_xl_t2i_512": _nar("nar_xl_t2i_512", "yefly/NAR-XL-t2i-stage2", "vq16_t2i"),
     "kl16": Published(config="kl16", repo="jadechoghari/mar", file="kl16.ckpt", layout="mar", licence="MIT",
                       note="a mirror named by the official README; file names there are not verified"),
     **{f"mar_{size}": Published(
@@ -72,6 +84,13 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
     if published.repo is None:
         raise ValueError(f"{name} is not on the hub ({published.note}): download {published.file} by hand and give its "
                          "path as checkpoint=FILE.")
-    from huggingface_hub import hf_hub_download  # only where something is to be downloaded
+    from huggingface_hub import hf_hub_download, list_repo_files  # only where something is to be downloaded
 
-    return Path(hf_hub_download(published.repo, published.file, cache_dir=cache))
+    file = published.file
+    if file is None:
+        found = [entry for entry in list_repo_files(published.repo) if Path(entry).suffix in WEIGHTS]
+        if len(found) != 1:
+            raise ValueError(f"{published.repo} should hold one file of weights, but holds {len(found)} "
+                             f"({', '.join(found)}): download the right one and give its path as checkpoint=FILE.")
+        file = found[0]
+    return Path(hf_hub_download(published.repo, file, cache_dir=cache))

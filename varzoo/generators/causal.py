@@ -239,9 +239,9 @@ class LlamaGenerator(CausalGenerator):
         self.stack = LlamaStack(width=width, depth=depth, heads=heads, exits=len(order.sources),
                                 multiple_of=multiple_of, norm_eps=norm_eps, attention_dropout=attention_dropout,
                                 mlp_dropout=mlp_dropout)
-        slots = torch.cat([torch.arange(order.prefix), order.prefix + order.cells])
-        self.register_buffer("rotary", rows[slots], persistent=False)
-        self.register_buffer("slots", torch.arange(len(slots)), persistent=False)
+        prefix, grid = rows.split([order.prefix, len(order.cells)])
+        self.register_buffer("rotary", torch.cat([prefix, grid[order.cells.to(grid.device)]]), persistent=False)
+        self.register_buffer("slots", torch.arange(len(rows)), persistent=False)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.embedding(ids)

@@ -8,13 +8,26 @@ and decoding alike, `turn[key] <= turn[query]`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Work an order out on the host and for good, whatever the default device and even in inference mode.
+
+    A tensor made in inference mode could not be used in training afterwards.
+    """
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"), torch.inference_mode(False):
+            return function(*args, **kwargs)
+    return wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,12 +90,14 @@ class Order:
     _moved: dict[torch.device, tuple[Turn, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
+    @on_host
     def raster(cls, prefix: int, length: int) -> Order:
         """One cell per step, in raster order, each predicted from the one before."""
         cells = torch.arange(length)
         return cls(prefix, cells, (1,) * length, prefix - 1 + cells[None], cells[:, None])
 
     @classmethod
+    @on_host
     def shells(cls, prefix: int, shape: Sequence[int]) -> Order:
         """All cells of equal Manhattan distance from the first in one step: h + w - 1 steps, or t + h + w - 2.
 
@@ -102,12 +117,14 @@ class Order:
         sources[:, 0] = prefix - 1
         return cls(prefix, cells, tuple(distance.bincount().tolist()), sources, cells[:, None])
 
+    @on_host
     def windows(self, shape: Sequence[int], side: int) -> Order:
         """The same order of cells, where each is a `side` x `side` window of a grid `shape` = (h, w) of positions."""
         grid = torch.arange(torch.Size(shape).numel()).view(shape[0] // side, side, shape[1] // side, side)
         return replace(self, positions=grid.transpose(1, 2).reshape(-1, side * side)[self.cells])
 
     @cached_property
+    @on_host
     def turn(self) -> Tensor:
         """`[T + S]` when each slot becomes known."""
         steps = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
@@ -119,17 +136,20 @@ class Order:
         return None if (turn.diff() > 0).all() else turn <= turn[:, None]
 
     @cached_property
+    @on_host
     def steps(self) -> tuple[Turn, ...]:
         bounds = [-self.prefix, *torch.tensor((0, *self.sizes)).cumsum(0).tolist()]
         fed = list(pairwise(bounds))
         return tuple(self._turn(before, now) for before, now in pairwise(fed))
 
     @cached_property
+    @on_host
     def everything(self) -> Turn:
         """All cells in one step, as teacher forcing predicts them: all but the last step's are fed."""
         count = len(self.cells)
         return self._turn((-self.prefix, count - self.sizes[-1]), (0, count))
 
+    @on_host
     def on(self, device: torch.device) -> tuple[Turn, ...]:
         """The steps, their indices on a device; moved there once."""
         if device not in self._moved:
