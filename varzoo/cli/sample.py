@@ -127,10 +127,10 @@ def place(model: Model, device: str, dtype: torch.dtype) -> Model:
 
 def describe(config: DictConfig, model: Model, request: Request) -> dict[str, Any]:
     """What identifies a set of samples: another run's output folder is refused by it."""
-    text = {} if request.features is None else {
-        "text": weights_hash({"features": request.features, "mask": request.mask})}
+    asked = ({"labels": torch.tensor(request.labels)} if request.features is None
+             else {"features": request.features, "mask": request.mask})
     return {
-        **text, "generator": weights_hash(model.generator.state_dict()),
+        "asked": weights_hash(asked), "generator": weights_hash(model.generator.state_dict()),
         "tokenizer": weights_hash(model.tokenizer.state_dict()),
         "sampler": OmegaConf.to_container(config.sampler, resolve=True), "seed": config.seed,
         "precision": config.precision, "count": len(request), "uint8_rule": model.tokenizer.uint8_rule,

@@ -1,0 +1,68 @@
+"""Everything the configs name: it composes, it builds, its parts fit together."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+import torch
+
+from varzoo.core.errors import unknown
+from varzoo.core.spec import require_same_tokens
+from varzoo.hub import PUBLISHED, fetch
+from varzoo.loading import build, compose_config, list_models, load
+
+
+def names(group: str) -> list[str]:
+    files = (resources.files("varzoo.configs") / group).iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files
+                  if file.name.endswith(".yaml") and not file.name.startswith("_"))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_published_models_fit_together(name: str) -> None:
+    config = compose_config("sample", [f"model={name}", "checkpoint=none"])
+    with torch.device("meta"):
+        generator = build(config.generator)
+        if config.tokenizer is not None:  # D-AR's own tokenizer is not here yet
+            require_same_tokens(build(config.tokenizer).spec, generator.spec)
+    build(config.sampler).check(generator)
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_experiments_fit_together(name: str) -> None:
+    config = compose_config("train", [f"experiment={name}"])
+    assert config.name == name
+    if config.generator is None:
+        build(config.tokenizer), build(config.objective)
+        return
+    tokenizer = build(compose_config("train", [f"experiment={config.tokenizer_experiment}"]).tokenizer)
+    generator = build(config.generator)
+    require_same_tokens(tokenizer.spec, generator.spec)
+    build(config.sampler).check(generator)
+
+
+@pytest.mark.parametrize("group", ["tokenizer", "generator"])
+def test_every_size_builds(group: str) -> None:
+    for name in names(group):
+        config = compose_config("sample", [f"{group}={name}", "checkpoint=none"])[group]
+        with torch.device("meta"):
+            assert build(config).key_maps(), name
+
+
+def test_published_files_belong_to_configs() -> None:
+    configs = {*names("model"), *names("tokenizer")}
+    assert {published.config for published in PUBLISHED.values()} <= configs
+    with pytest.raises(ValueError, match="mar_b is not on the hub"):
+        fetch("mar_b")
+    with pytest.raises(ValueError, match=r"unknown published checkpoint 'lamagen_b_256'\. Did you mean"):
+        fetch("lamagen_b_256")
+
+
+def test_names_that_are_unknown_or_files_that_are_missing() -> None:
+    with pytest.raises(ValueError, match=r"unknown model or run 'mar_x'\. Did you mean 'mar_"):
+        load("mar_x")
+    with pytest.raises(FileNotFoundError, match="give checkpoint=FILE"):
+        load("mar_b")
+    assert list_models("mar_*") == ["mar_b", "mar_h", "mar_l"]
+    assert "Choose from: a, b" in str(unknown("letter", "q", "ab"))
