@@ -10,7 +10,6 @@ from pathlib import Path
 
 from varzoo.core.errors import unknown
 
-
 WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 

@@ -31,14 +31,15 @@ from varzoo.predictions.categorical import Categorical
 class CausalGenerator(Generator):
     """Base of generators that feed tokens causally after prefix tokens.
 
-    Subclasses have a `conditioner` and an `order`. Heads are numbered as in `order.sources`; where several predict a
-    position, their logits are averaged.
+    Subclasses have a `conditioner`, an `order` and the `width` of embeddings and features. Heads are numbered as in
+    `order.sources`; where several predict a position, their logits are averaged.
     """
 
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": Categorical}
 
     conditioner: Conditioner
     order: Order
+    width: int
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ class LlamaGenerator(CausalGenerator):
                  depth: int, heads: int, multiple_of: int, norm_eps: float, token_dropout: float,
                  attention_dropout: float, mlp_dropout: float) -> None:
         super().__init__()
-        self.spec, self.conditioner, self.order = spec, conditioner, order
+        self.spec, self.conditioner, self.order, self.width = spec, conditioner, order, width
         self.embedding = nn.Embedding(spec.size, width)
         self.dropout = nn.Dropout(token_dropout)
         self.stack = LlamaStack(width=width, depth=depth, heads=heads, exits=len(order.sources),
