@@ -28,7 +28,7 @@ from varzoo.training.run import train
 
 
 def demo(overrides: list[str], *, per_class: int = 50,
-         scales: tuple[float, ...] = (1.0, 2.0, 4.0)) -> dict[str, Scores]:
+         scales: tuple[float, ...] = (1.0, 2.0, 3.0)) -> dict[str, Scores]:
     """Train, sample and score one experiment on digits.
 
     Args:
