@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import DEFAULT_GOLDENS
+from varzoo.core.checkpoint import load_strictly
 from varzoo.core.draws import Draws
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Constant, Ramp, Schedule, Step
@@ -308,6 +309,18 @@ def test_an_image_does_not_depend_on_its_batch(text: bool) -> None:
                                 if isinstance(value, Tensor)})
     sampled = Autoregressive(guidance=Ramp(3.0)).sample(model, some, Draws(5, tuple(order.tolist()))).tokens
     assert torch.equal(sampled, together[order]) and len(together.unique(dim=0)) == 6
+
+
+def test_windows_of_one_take_official_files_and_others_say_what_is_missing() -> None:
+    plain = tiny(window=1, blocks=0)
+    official = plain.backbone.key_maps()["llamagen"].to_official(plain.backbone.state_dict())
+    load_strictly(plain, plain.key_maps()["llamagen"].to_ours(official), "an official file")
+    shuffled = tiny()
+    with pytest.raises(ValueError, match=r"missing \(shuffle\.compress"):
+        load_strictly(shuffled, shuffled.key_maps()["llamagen"].to_ours(official), "an official file")
+    key_map = shuffled.key_maps()["llamagen"]
+    there_and_back = key_map.to_ours(key_map.to_official(shuffled.state_dict()))
+    assert there_and_back.keys() == shuffled.state_dict().keys()
 
 
 def test_training_lowers_the_loss() -> None:

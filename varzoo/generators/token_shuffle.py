@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varzoo.core.draws import AnyDraws
-from varzoo.core.keymap import KeyMap
+from varzoo.core.keymap import KeyMap, Rename, Rule
 from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Batch
@@ -139,5 +139,12 @@ class TokenShuffle(CausalGenerator):
         return weigh(parts, batch.weights)
 
     def key_maps(self) -> dict[str, KeyMap]:
-        """None: nothing was published."""
-        return {}
+        """The backbone's. Nothing of Token-Shuffle was published: they fit where window 1 leaves the backbone alone."""
+        around = [Rename("shuffle.{rest*}", "shuffle.{rest*}"), Rename("unshuffle.{rest*}", "unshuffle.{rest*}")]
+        return {name: KeyMap([*around, *(_of_backbone(rule) for rule in key_map.rules)])
+                for name, key_map in self.backbone.key_maps().items()}
+
+
+def _of_backbone(rule: Rule) -> Rule:
+    """The rule for a model that is our `backbone`."""
+    return replace(rule, ours=f"backbone.{rule.ours}") if isinstance(rule, Rename) else rule
