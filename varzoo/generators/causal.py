@@ -114,8 +114,8 @@ class CausalGenerator(Generator):
             return parts[0]
         logits = parts[0].new_zeros(len(parts[0]), len(turn.positions), parts[0].shape[-1])
         for part, reading in zip(parts, turn.readings):
-            logits = logits + part if reading.to is None else logits.index_add(1, reading.to, part)
-        return logits * turn.share
+            logits = logits.add_(part) if reading.to is None else logits.index_add_(1, reading.to, part)
+        return logits.mul_(turn.share)
 
     def teach(self, batch: Batch, draws: AnyDraws) -> Tensor:
         """Teacher-forced logits of a training batch, some of its conditions dropped."""
