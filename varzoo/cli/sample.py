@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from varzoo.core.checkpoint import weights_hash
 from varzoo.core.errors import unknown
 from varzoo.eval.writers import NpzFile, PNGFolder, SampleWriter
+from varzoo.generators.base import Condition
 from varzoo.loading import Model, build, from_config, register_run
 from varzoo.sampling import Request, draw
 from varzoo.text import TextFeatures, cached_features, load_features, read_prompts, shortened
@@ -46,15 +47,15 @@ def sample(config: DictConfig) -> Path:
     folder = (folder if folder.is_dir() else folder.parent) / "samples"
     if config.output == "grid":
         return draw_grid(config, model, request, Path(config.out or folder / f"grid_seed{config.seed}.png"))
+    # Under a launcher of several processes each draws its share; an image is the same whoever draws it.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and config.output == "npz":
+        raise ValueError("several processes write output=folder; pack it afterwards, or sample with one process.")
     out = Path(config.out or folder / f"seed{config.seed}{'.npz' if config.output == 'npz' else ''}")
     manifest = describe(config, model, request)
     writer: SampleWriter = (
         PNGFolder(folder=out, manifest=manifest) if config.output == "folder"
         else NpzFile(path=out, manifest=manifest, count=len(request), image_size=model.tokenizer.image_size))
-    # Under a launcher of several processes each draws its share; an image is the same whoever draws it.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and config.output == "npz":
-        raise ValueError("several processes write output=folder; pack it afterwards, or sample with one process.")
     indices = writer.missing(range(rank, len(request), world_size))
     for samples in draw(model, request, seed=config.seed, batch_size=config.batch_size, indices=indices,
                         progress=rank == 0):
@@ -86,6 +87,7 @@ def make_request(config: DictConfig, model: Model) -> Request:
         if config.labels is not None:
             raise ValueError("this model is conditioned on text and knows no labels: give prompts=FILE instead.")
         text, times = text_features(config), config.per_class
+        model.generator.check_condition(Condition.text(text.features, text.mask))
         return Request(features=text.features.repeat_interleave(times, dim=0),
                        mask=text.mask.repeat_interleave(times, dim=0),
                        prompts=[prompt for prompt in text.prompts for _ in range(times)])

@@ -66,8 +66,7 @@ class CausalGenerator(Generator):
         return self.conditioner.num_classes
 
     def check_condition(self, condition: Condition) -> None:
-        if condition.features is not None and self.num_classes is not None:
-            raise ValueError(f"{type(self).__name__} here is class-conditional, but text features were given.")
+        self.conditioner.check(condition)
         super().check_condition(condition)
 
     def sight(self, length: int, valid: Tensor | None, device: torch.device) -> Sight:

@@ -31,6 +31,10 @@ class Conditioner(nn.Module, ABC):
     def null(self, condition: Condition) -> Condition:
         """The null condition to guide away from, of the same size (and mask)."""
 
+    @abstractmethod
+    def check(self, condition: Condition) -> None:
+        """Raise ValueError if the condition is of another kind or shape."""
+
 
 class ClassPrefix(Conditioner):
     """A single token per class; label `num_classes` is the null class.
@@ -64,6 +68,10 @@ class ClassPrefix(Conditioner):
             )
         return Condition.classes(torch.full((condition.size,), self.num_classes, device=self.table.weight.device))
 
+    def check(self, condition: Condition) -> None:
+        if condition.features is not None:
+            raise ValueError("this model is class-conditional, but text features were given.")
+
 
 class TextPrefix(Conditioner):
     """Text features, padded to a fixed length, through a two-layer MLP; a fixed random caption is the null one.
@@ -88,9 +96,7 @@ class TextPrefix(Conditioner):
         features = condition.features
         if features is None:
             features = self.null(condition).features
-        if features.shape[1:] != self.null_features.shape:
-            raise ValueError(f"text features must be [B, {', '.join(map(str, self.null_features.shape))}], padded on "
-                             f"the left, got {list(features.shape)}.")
+        self.check(condition)
         if dropped is not None:
             features = torch.where(dropped[:, None, None], self.null_features, features)
         return self.projection(features.to(self.projection[0].weight.dtype))
@@ -101,3 +107,9 @@ class TextPrefix(Conditioner):
         if mask is None:
             mask = torch.ones(condition.size, self.length, dtype=torch.bool, device=features.device)
         return Condition.text(features, mask)
+
+    def check(self, condition: Condition) -> None:
+        features = condition.features
+        if features is not None and features.shape[1:] != self.null_features.shape:
+            raise ValueError(f"text features must be [B, {', '.join(map(str, self.null_features.shape))}], padded on "
+                             f"the left, got {list(features.shape)}.")
