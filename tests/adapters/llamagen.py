@@ -47,9 +47,9 @@ def condition_of(case: Case) -> Condition:
     return Condition.classes(case.inputs["labels"])
 
 
-def said(case: Case, setting: str) -> float:
-    """A setting that stands only in the words of the case, as in "cfg_interval=5"."""
-    return float(re.search(rf"\b{setting}=(\d+(\.\d+)?)", case.meta["call"])[1])
+def said(case: Case, before: str) -> float:
+    """The number after some words of the case: a setting that stands nowhere else, as in "cfg_interval=5"."""
+    return float(re.search(rf"\b{before}(\d+(\.\d+)?)", case.meta["call"])[1])
 
 
 def forward(case: Case) -> dict[str, Any]:
@@ -98,8 +98,9 @@ def generate(model: LlamaGen, condition: Condition, guidance: Schedule | None, d
 def c2i_generate(case: Case) -> dict[str, Any]:
     model = build(case.config, case.state_dict)
     condition, draws = condition_of(case), Draws(0, tuple(range(len(case.inputs["labels"]))))
-    scale, interval = said(case, "s"), said(case, "cfg_interval")
-    settings = {"guided": Constant(scale), "interval": FirstSteps(scale, last=int(interval) + 1), "unguided": None}
+    last = int(said(case, r"cfg_interval=")) + 1
+    settings = {"guided": Constant(said(case, r"guided: s=")), "unguided": None,
+                "interval": FirstSteps(said(case, r"interval: s="), last=last)}
     outputs = {}
     for name, guidance in settings.items():
         tokens, logits, _ = generate(model, condition, guidance, draws, temperature=0.0)
@@ -120,7 +121,7 @@ def c2i_generate_sampled(case: Case) -> dict[str, Any]:
 def t2i_generate(case: Case) -> dict[str, Any]:
     model = build(case.config, case.state_dict)
     condition = condition_of(case)
-    tokens, logits, _ = generate(model, condition, Constant(said(case, "cfg_scale")), Draws(0, range(condition.size)),
+    tokens, logits, _ = generate(model, condition, Constant(said(case, "cfg_scale=")), Draws(0, range(condition.size)),
                                  temperature=0.0)
     return {"tokens": tokens, "logits": logits}
 
