@@ -3,7 +3,8 @@
 Scores samples and appends a row to a results file. Options:
 
     samples      a folder of images, or an .npz with arr_0
-    reference    digits | fashion_mnist (their held-out images), or an .npz with mu and sigma, or images as for samples
+    reference    digits | digits_train | fashion_mnist | fashion_mnist_train (held-out or training images), an .npz with
+                 mu and sigma, or images as for samples
     extractor    digits | fashion_mnist | inception
     weights      file of the Inception weights
     download     true: fetch the Inception weights if they are nowhere
@@ -109,14 +110,16 @@ def make_extractor(options: dict[str, str | None]) -> FeatureExtractor:
 def read_reference(options: dict[str, str | None], extractor: FeatureExtractor) -> tuple[Gaussian, str]:
     """The reference's statistics and what it is, in words."""
     name = options["reference"]
-    if name == "digits":
-        dataset = Digits(split="heldout")
-    elif name == "fashion_mnist":
-        dataset = FashionMNIST(split="heldout", root=options["root"])
+    split = "train" if name.endswith("_train") else "heldout"
+    if name in ("digits", "digits_train"):
+        dataset = Digits(split=split)
+    elif name in ("fashion_mnist", "fashion_mnist_train"):
+        dataset = FashionMNIST(split=split, root=options["root"])
     else:
         path = Path(name)
         if not path.exists():
-            raise ValueError(f"unknown reference {name!r}: neither digits nor fashion_mnist nor a file or folder.")
+            raise ValueError(f"unknown reference {name!r}: it is neither digits, digits_train, fashion_mnist or "
+                             "fashion_mnist_train, nor a file or folder.")
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 stored = "mu" in file
@@ -125,7 +128,7 @@ def read_reference(options: dict[str, str | None], extractor: FeatureExtractor) 
         reader = SampleReader(path=path, batch_size=_whole(options, "batch_size"))
         return reference_statistics(reader, extractor=extractor), f"{len(reader)} images of {path.name}"
     samples = dataset_samples(dataset, batch_size=_whole(options, "batch_size"))
-    return reference_statistics(samples, extractor=extractor), f"{len(dataset)} images of {name} {dataset.split}"
+    return reference_statistics(samples, extractor=extractor), f"{len(dataset)} images of {dataset.name} {split}"
 
 
 if __name__ == "__main__":
