@@ -208,9 +208,9 @@ def test_a_published_file_without_a_known_name_is_found(monkeypatch: pytest.Monk
     files = {"yefly/NAR-imagenet-256-M": ["README.md", "nar.pt"], "chenfeng1271/NAR-imagenet-256-B": ["a.pt", "b.pt"]}
     monkeypatch.setattr(huggingface_hub, "list_repo_files", files.__getitem__)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, cache_dir: f"{cache_dir}/{repo}/{file}")
-    assert hub.fetch("nar_m_256", tmp_path) == tmp_path / "yefly/NAR-imagenet-256-M/nar.pt"
+    assert hub.fetch("nar_m", tmp_path) == tmp_path / "yefly/NAR-imagenet-256-M/nar.pt"
     with pytest.raises(ValueError, match=r"holds 2 \(a.pt, b.pt\)"):
-        hub.fetch("nar_b_256", tmp_path)
+        hub.fetch("nar_b", tmp_path)
 
 
 def test_bad_input_is_refused() -> None:

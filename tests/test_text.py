@@ -296,7 +296,7 @@ def test_classes_become_prompts(encoder: TextEncoder) -> None:
 
 
 def tiny_generator() -> LlamaGen:
-    generator = build(compose_config("sample", [*GENERATOR, "model=llamagen_xl_t2i_256", "checkpoint=none"]).generator)
+    generator = build(compose_config("sample", [*GENERATOR, "model=llamagen_xl_t2i", "checkpoint=none"]).generator)
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return generator.eval()
@@ -334,7 +334,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(official: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "sample.py", "model=llamagen_xl_t2i_256", f"checkpoint={official / 't2i.pt'}",
+    return [sys.executable, "sample.py", "model=llamagen_xl_t2i", f"checkpoint={official / 't2i.pt'}",
             f"tokenizer_checkpoint={official / 'vq.pt'}", *GENERATOR, *TOKENIZER, *TEXT, "sampler.draw.top_k=0",
             "device=cpu", "per_class=2", *arguments]
 

@@ -23,6 +23,7 @@ class Published:
         file: file name there; None where its authors do not say it, the repository then holds one file of weights.
         layout: its layout, a name of the model's `key_maps()`.
         licence: of the weights.
+        tokenizer: of a generator: the published tokenizer it was trained with, None if it is not in varzoo.
         note: what else a user needs to know.
     """
 
@@ -31,43 +32,53 @@ class Published:
     file: str | None
     layout: str
     licence: str
+    tokenizer: str | None = None
     note: str = ""
 
+    @property
+    def where(self) -> str:
+        """Where the file is, in words."""
+        file = self.file or "the weights"
+        return f"{file} of {self.repo} on the Hugging Face hub" if self.repo else f"{file}, {self.note}"
 
-def _llamagen(config: str, file: str, repo: str = "FoundationVision/LlamaGen", note: str = "") -> Published:
-    return Published(config=config, repo=repo, file=file, layout="llamagen", licence="MIT", note=note)
+
+def _llamagen(config: str, file: str, repo: str = "FoundationVision/LlamaGen",
+              tokenizer: str | None = "vq16") -> Published:
+    return Published(config=config, repo=repo, file=file, layout="llamagen", licence="MIT", tokenizer=tokenizer)
 
 
 def _nar(config: str, repo: str, tokenizer: str = "vq16") -> Published:
-    return Published(config=config, repo=repo, file=None, layout="nar", licence="not stated",
-                     note=f"its tokenizer is {tokenizer}")
+    return Published(config=config, repo=repo, file=None, layout="nar", licence="not stated", tokenizer=tokenizer)
 
 
 PUBLISHED = {
-    "vq16": _llamagen("vq16", "vq_ds16_c2i.pt"),
-    "vq8": _llamagen("vq8", "vq_ds8_c2i.pt"),
-    "vq16_t2i": _llamagen("vq16", "vq_ds16_t2i.pt", "peizesun/llamagen_t2i"),
-    "llamagen_b_256": _llamagen("llamagen_b_256", "c2i_B_256.pt"),
+    "vq16": _llamagen("vq16", "vq_ds16_c2i.pt", tokenizer=None),
+    "vq8": _llamagen("vq8", "vq_ds8_c2i.pt", tokenizer=None),
+    "vq16_t2i": _llamagen("vq16", "vq_ds16_t2i.pt", "peizesun/llamagen_t2i", None),
+    "llamagen_b": _llamagen("llamagen_b", "c2i_B_256.pt"),
     "llamagen_b_384": _llamagen("llamagen_b_384", "c2i_B_384.pt"),
-    "llamagen_l_256": _llamagen("llamagen_l_256", "c2i_L_256.pt"),
+    "llamagen_l": _llamagen("llamagen_l", "c2i_L_256.pt"),
     "llamagen_l_384": _llamagen("llamagen_l_384", "c2i_L_384.pt"),
     "llamagen_xl_384": _llamagen("llamagen_xl_384", "c2i_XL_384.pt"),
     "llamagen_xxl_384": _llamagen("llamagen_xxl_384", "c2i_XXL_384.pt"),
     "llamagen_3b_384": _llamagen("llamagen_3b_384", "c2i_3B_384.pt"),
-    "llamagen_xl_t2i_256": _llamagen("llamagen_xl_t2i_256", "t2i_XL_stage1_256.pt", "peizesun/llamagen_t2i"),
-    "llamagen_xl_t2i_512": _llamagen("llamagen_xl_t2i_512", "t2i_XL_stage2_512.pt", "peizesun/llamagen_t2i"),
+    "llamagen_xl_t2i": _llamagen("llamagen_xl_t2i", "t2i_XL_stage1_256.pt", "peizesun/llamagen_t2i",
+                                 "vq16_t2i"),
+    "llamagen_xl_t2i_512": _llamagen("llamagen_xl_t2i_512", "t2i_XL_stage2_512.pt", "peizesun/llamagen_t2i",
+                                     "vq16_t2i"),
     **{f"dar_{size}": Published(
         config=f"dar_{size}", repo="showlab/D-AR", file=f"D-AR-{size.upper()}-360K.pt", layout="llamagen",
         licence="MIT (of the repository)", note="its tokenizer is not in varzoo yet") for size in ("l", "xl")},
-    **{f"nar_{size}_256": _nar(f"nar_{size}_256", f"{owner}/NAR-imagenet-256-{size.upper()}")
+    **{f"nar_{size}": _nar(f"nar_{size}", f"{owner}/NAR-imagenet-256-{size.upper()}")
        for owner, sizes in (("chenfeng1271", ("b", "l", "xxl")), ("yefly", ("m", "xl"))) for size in sizes},
-    "nar_xl_t2i_256": _nar("nar_xl_t2i_256", "yefly/NAR-XL-t2i-stage1", "vq16_t2i"),
+    "nar_xl_t2i": _nar("nar_xl_t2i", "yefly/NAR-XL-t2i-stage1", "vq16_t2i"),
     "nar_xl_t2i_512": _nar("nar_xl_t2i_512", "yefly/NAR-XL-t2i-stage2", "vq16_t2i"),
     "kl16": Published(config="kl16", repo="jadechoghari/mar", file="kl16.ckpt", layout="mar", licence="MIT",
                       note="a mirror named by the official README; file names there are not verified"),
     **{f"mar_{size}": Published(
         config=f"mar_{size}", repo=None, file="checkpoint-last.pth", layout="mar", licence="MIT",
-        note="linked from the official README; the averaged weights under model_ema are used") for size in "blh"},
+        tokenizer="kl16", note="linked from the official README; the averaged weights under model_ema are used")
+       for size in "blh"},
 }
 
 

@@ -22,6 +22,7 @@ from varzoo.core.draws import Draws
 from varzoo.core.errors import unknown
 from varzoo.core.spec import require_same_tokens
 from varzoo.generators.base import Condition, Generator
+from varzoo.hub import PUBLISHED, fetch
 from varzoo.samplers.base import Callback, Counts, Sampler
 from varzoo.tokenizers.base import Tokenizer
 
@@ -129,10 +130,10 @@ def load(name_or_path: str | Path, *, checkpoint: str | Path | None = None,
     """Load a model by name (`list_models`) with its official files, or from a run's folder or generator file.
 
     Args:
-        name_or_path: "llamagen_b_256", or "runs/digits_llamagen".
+        name_or_path: "llamagen_b", or "runs/digits_llamagen".
         checkpoint: the generator's file, for a model by name.
         tokenizer_checkpoint: the tokenizer's file, for a model by name.
-        overrides: Hydra overrides, such as "sampler.guidance.scale=3".
+        overrides: Hydra overrides, such as "sampler.guidance.scale=3", or "download=true" to fetch published files.
 
     Raises:
         FileNotFoundError: a checkpoint is missing; it is never replaced by random weights.
@@ -144,7 +145,7 @@ def load(name_or_path: str | Path, *, checkpoint: str | Path | None = None,
         name_or_path = "run"
     elif str(name_or_path) not in list_models():
         raise unknown("model or run", name_or_path, list_models())
-    config = compose_config("sample", [f"model={name_or_path}", f"checkpoint={checkpoint}", *overrides])
+    config = compose_config("sample", [f"model={name_or_path}", *overrides])
     return from_config(config, checkpoint, tokenizer_checkpoint)
 
 
@@ -162,10 +163,22 @@ def register_run(path: Path) -> tuple[Path, Path]:
 
 
 def from_config(config: DictConfig, checkpoint: str | Path | None, tokenizer_checkpoint: str | Path | None) -> Model:
-    """Build the tokenizer, generator and sampler of a composed config and load the two files."""
-    if checkpoint is None or tokenizer_checkpoint is None:
-        missing = "checkpoint" if checkpoint is None else "tokenizer_checkpoint"
-        raise FileNotFoundError(f"give {missing}=FILE; `varzoo.hub` names where official files are published.")
+    """Build the tokenizer, generator and sampler of a composed config and load the two files.
+
+    Files that are not given are fetched if the config says `download` and they are published.
+    """
+    published = PUBLISHED.get(config.published)
+    checkpoint = checkpoint or find_published("checkpoint", config.published, config.download)
+    tokenizer_checkpoint = tokenizer_checkpoint or find_published(
+        "tokenizer_checkpoint", published and published.tokenizer, config.download)
     return Model(tokenizer=load_tokenizer(tokenizer_checkpoint, config.tokenizer),
                  generator=load_weights(build(config.generator), checkpoint), sampler=build(config.sampler),
                  class_names=tuple(config.class_names))
+
+
+def find_published(setting: str, name: str | None, download: bool) -> Path:
+    """The published file that stands in for a setting. Raises FileNotFoundError saying where it is to be had."""
+    if name is not None and download:
+        return fetch(name)
+    where = f" ({PUBLISHED[name].where}; download=true fetches it)" if name in PUBLISHED else ""
+    raise FileNotFoundError(f"give {setting}=FILE{where}. A missing checkpoint is never replaced by random weights.")

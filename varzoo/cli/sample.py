@@ -43,8 +43,7 @@ def sample(config: DictConfig) -> Path:
     model = from_config(config, config.checkpoint, config.tokenizer_checkpoint)
     model = place(model, config.device, PRECISIONS[config.precision])
     request = make_request(config, model)
-    folder = Path(config.checkpoint)
-    folder = (folder if folder.is_dir() else folder.parent) / "samples"
+    folder = (Path(config.checkpoint).parent if config.checkpoint else Path()) / "samples"
     if config.output == "grid":
         return draw_grid(config, model, request, Path(config.out or folder / f"grid_seed{config.seed}.png"))
     # Under a launcher of several processes each draws its share; an image is the same whoever draws it.
