@@ -167,3 +167,11 @@ def test_full_length_golden_within_a_share_of_its_largest_value() -> None:
     computed = diffloss_sample(case)
     for name, expected in case.outputs.items():
         assert (computed[name] - expected).abs().max() < 3e-4 * expected.abs().max(), name
+
+
+def test_a_clipped_solver_begins_earlier() -> None:
+    """The step counts are those of DiSA's samplers (arXiv 2505.20297), which clip at 950."""
+    process = Diffusion.named("cosine", 1000)
+    assert list(DDPM(clip=950).respaced(process, 5).timesteps) == [0, 250, 500, 749, 950]
+    assert [len(DDPM(clip=950).respaced(process, steps)) for steps in (100, 50, 25, 10)] == [96, 48, 24, 10]
+    assert len(DDPM().respaced(process, 50)) == 50

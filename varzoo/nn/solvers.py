@@ -31,7 +31,20 @@ class Solved:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """Base of the solvers: configuration alone, so one object serves any number of runs."""
+    """Base of the solvers: configuration alone, so one object serves any number of runs.
+
+    Args:
+        clip: latest timestep to begin at, None for the process's own last. Times beyond it move onto it (as in DiSA,
+            arXiv 2505.20297, whose samplers clip at 950 and 980). At the very end of a cosine schedule an error of
+            epsilon is amplified some ten thousand times, which a briefly trained network does not survive.
+    """
+
+    clip: int | None = None
+
+    def respaced(self, process: Diffusion, steps: int | str) -> Diffusion:
+        """The process at this solver's times."""
+        times = spaced_timesteps(steps, len(process))
+        return process.respaced(times if self.clip is None else [min(time, self.clip) for time in times])
 
     @abstractmethod
     def solve(self, network_at: NetworkAt, process: Diffusion, initial: Tensor, noise: Noise, *, steps: int | str,
@@ -57,7 +70,7 @@ class DDPM(Solver):
 
     def solve(self, network_at: NetworkAt, process: Diffusion, initial: Tensor, noise: Noise, *, steps: int | str,
               temperature: float) -> Solved:
-        process = process.respaced(spaced_timesteps(steps, len(process)))
+        process = self.respaced(process, steps)
         estimate, sample = network_at(_descending(process, initial)), initial
         for k, index in enumerate(reversed(range(len(process)))):
             epsilon, v = estimate(sample, k)
@@ -77,7 +90,7 @@ class DDIM(Solver):
         if temperature != 1:
             raise ValueError(f"DDIM adds no noise that temperature {temperature:g} could scale; leave it at 1, "
                              "or choose DDPM.")
-        process = process.respaced(spaced_timesteps(steps, len(process)))
+        process = self.respaced(process, steps)
         estimate, sample = network_at(_descending(process, initial)), initial
         for k, index in enumerate(reversed(range(len(process)))):
             epsilon, _ = estimate(sample, k)
