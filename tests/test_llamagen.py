@@ -148,6 +148,12 @@ def test_bad_input_is_refused() -> None:
         tiny(drop=0).begin(label, draws=draws, guidance=Constant(2.0))
     with pytest.raises(ValueError, match="'solver' does not fit"):
         draw(model, label, (0,), draw={"solver": "ddpm"})
+
+    class Speculative(Autoregressive):
+        needs = frozenset({"verify"})
+
+    with pytest.raises(ValueError, match="Speculative needs a generator that offers verify; LlamaGen offers none"):
+        Speculative().check(model)
     with pytest.raises(ValueError, match="text features were given"):
         model.begin(condition_of(tiny(text=True), 1), draws=draws)
     with pytest.raises(ValueError, match="discrete grids"):

@@ -29,6 +29,7 @@ class Autoregressive(Sampler):
         self.guidance, self.plan, self.draw = guidance, plan, dict(draw or {})
 
     def check(self, generator: Generator) -> None:
+        super().check(generator)
         check_options(self.draw, generator)
 
     @torch.no_grad()

@@ -48,9 +48,14 @@ class Sampler(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
-    @abstractmethod
     def check(self, generator: Generator) -> None:
         """Raise ValueError, with the reason and the way out, if this sampler does not fit the generator."""
+        missing = sorted(self.needs - generator.offers)
+        if missing:
+            offered = ", ".join(sorted(generator.offers)) or "none of it"
+            raise ValueError(f"{type(self).__name__} needs a generator that offers {', '.join(missing)}; "
+                             f"{type(generator).__name__} offers {offered}. Choose a sampler that needs nothing, such as "
+                             "Autoregressive.")
 
     @abstractmethod
     def sample(self, generator: Generator, condition: Condition, draws: AnyDraws,
