@@ -54,8 +54,8 @@ class Sampler(ABC):
         if missing:
             offered = ", ".join(sorted(generator.offers)) or "none of it"
             raise ValueError(f"{type(self).__name__} needs a generator that offers {', '.join(missing)}; "
-                             f"{type(generator).__name__} offers {offered}. Choose a sampler that needs nothing, such as "
-                             "Autoregressive.")
+                             f"{type(generator).__name__} offers {offered}. Choose a sampler that needs nothing, "
+                             "such as Autoregressive.")
 
     @abstractmethod
     def sample(self, generator: Generator, condition: Condition, draws: AnyDraws,
