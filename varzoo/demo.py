@@ -21,9 +21,9 @@ from varzoo.core.steps import Schedule
 from varzoo.eval.features import ClassifierFeatures
 from varzoo.eval.protocol import append_row, result_row
 from varzoo.eval.score import Samples, Scores, dataset_samples, make_protocol, reference_statistics, score
+from varzoo.eval.writers import save_grid
 from varzoo.loading import Model, build, compose_config, load
 from varzoo.sampling import Request, draw
-from varzoo.training.callbacks import save_grid
 from varzoo.training.run import train
 
 

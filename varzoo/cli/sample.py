@@ -13,12 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from varzoo.core.checkpoint import weights_hash
 from varzoo.core.errors import unknown
-from varzoo.eval.writers import NpzFile, PNGFolder, SampleWriter
+from varzoo.eval.writers import NpzFile, PNGFolder, SampleWriter, save_grid
 from varzoo.generators.base import Condition
 from varzoo.loading import Model, build, from_config, register_run
 from varzoo.sampling import Request, draw
 from varzoo.text import TextFeatures, cached_features, load_features, read_prompts, shortened
-from varzoo.training.callbacks import save_grid
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OUTPUTS = ("grid", "folder", "npz")

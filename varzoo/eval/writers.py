@@ -302,3 +302,10 @@ def image_grid(images: Tensor, row_names: Sequence[str], *, scale: int = 1, padd
     for row, name in enumerate(row_names):
         draw.text((margin - 6, padding + row * row_height + images.shape[2] // 2), name, "black", font, anchor="rm")
     return picture
+
+
+def save_grid(path: Path, images: Tensor, row_names: Sequence[str]) -> None:
+    """Write uint8 images `[rows * columns, 3, H, W]` as one PNG, the rows named; small images are enlarged."""
+    scale = max(1, 64 // images.shape[-1])
+    with atomic_path(path) as temporary:
+        image_grid(images, row_names, scale=scale).save(temporary, format="PNG")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from varzoo.core.checkpoint import atomic_path
 from varzoo.core.draws import Draws
 from varzoo.data import LabelledImages
-from varzoo.eval.writers import image_grid
+from varzoo.eval.writers import save_grid
 from varzoo.generators.base import Condition
 from varzoo.samplers.base import Sampler
 from varzoo.tokenizers.base import Tokenizer
@@ -109,13 +109,6 @@ class ReconstructionGrid(EverySteps):
             rows += [tokenizer.to_uint8(images), tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(images)))]
         names = ("original", "decoded") * len(self.images)
         save_grid(self.folder / f"step_{module.iteration:06d}.png", torch.cat(rows), names)
-
-
-def save_grid(path: Path, images: Tensor, row_names: Sequence[str]) -> None:
-    """Write uint8 images `[rows * columns, 3, H, W]` as one PNG, the rows named; small images are enlarged."""
-    scale = max(1, 64 // images.shape[-1])
-    with atomic_path(path) as temporary:
-        image_grid(images, row_names, scale=scale).save(temporary, format="PNG")
 
 
 def read_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
