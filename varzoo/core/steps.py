@@ -118,6 +118,51 @@ class Ramp(Schedule):
         return 1 + (self.scale - 1) * min(1.0, step.index / (self.until * step.of))
 
 
+ANNEALING = {
+    # name: (step index s, last index n) -> numerator and denominator of the share of the annealed steps that is kept
+    "linear": lambda s, n: (n - s, n),
+    "cosine": lambda s, n: (math.cos(math.pi * s / n) + 1, 2),
+    "two_stage": lambda s, n: (int(s < n / 2), 1),
+    "constant": lambda s, n: (0, 1),
+}
+ROUNDING = {
+    # whose official code: (numerator, denominator, upper - lower, lower) -> steps; they differ by one here and there
+    "mar": lambda a, b, range_, lower: lower + int(a / b * range_),
+    "xar": lambda a, b, range_, lower: int(a / b * range_ + lower),
+    "flowar": lambda a, b, range_, lower: int(range_ * a / b + lower),
+}
+
+
+@dataclass(frozen=True)
+class Anneal(Schedule):
+    """Solver steps that fall from `upper` at the first AR step to `lower` at the last (DiSA, arXiv 2505.20297).
+
+    Args:
+        upper, lower: numbers of solver steps, upper >= lower >= 1; a single AR step takes `upper`.
+        law: "linear", "cosine", "two_stage" (`upper` in the first half) or, as officially, "constant": always `lower`.
+        rounding: whose official expression rounds: "mar" (Harmon and Hi-MAR too), "xar" or "flowar".
+    """
+
+    upper: int
+    lower: int
+    law: str = "linear"
+    rounding: str = "mar"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.lower <= self.upper:
+            raise ValueError(f"annealing goes from upper down to lower >= 1, got {self.upper} and {self.lower}.")
+        if self.law not in ANNEALING:
+            raise unknown("annealing law", self.law, ANNEALING)
+        if self.rounding not in ROUNDING:
+            raise unknown("rounding", self.rounding, ROUNDING)
+
+    def __call__(self, step: Step) -> int:
+        if step.of == 1:
+            return self.upper
+        share = ANNEALING[self.law](step.index, step.of - 1)
+        return ROUNDING[self.rounding](*share, self.upper - self.lower, self.lower)
+
+
 def at_step(value: Any, step: Step) -> Any:
     """The value of an option at a step: schedules are evaluated, everything else is returned as it is."""
     return value(step) if isinstance(value, Schedule) else value
