@@ -40,10 +40,10 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     The sum runs in float64; an id of probability 0 is never picked, even where rounding makes a uniform reach 1.
     """
     cumulative = probabilities.double().cumsum(dim=-1)
-    ids = torch.searchsorted(cumulative / cumulative[..., -1:], uniforms.double()[..., None], right=True)[..., 0]
-    ranks = torch.arange(probabilities.shape[-1], device=probabilities.device)
-    last = torch.where(probabilities > 0, ranks, 0).amax(dim=-1)
-    return torch.minimum(ids, last)
+    total = cumulative[..., -1:].contiguous()
+    ids = torch.searchsorted(cumulative, uniforms.double()[..., None] * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # the last id that adds anything
+    return torch.minimum(ids, last)[..., 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,9 @@ class Categorical(Prediction):
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got temperature={temperature}, "
                              f"top_k={top_k}, top_p={top_p}.")
-        logits, limits = self.logits.float() / max(temperature, 1e-5), {"top_k": top_k, "top_p": top_p}
+        logits, limits = self.logits.float(), {"top_k": top_k, "top_p": top_p}
+        if temperature != 1:
+            logits = logits / max(temperature, 1e-5)
         for name in filters:
             if name not in FILTERS:
                 raise unknown("filter", name, FILTERS)
