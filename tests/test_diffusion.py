@@ -15,7 +15,7 @@ from varzoo.core.draws import Draws
 from varzoo.nn import diffusion_mlp
 from varzoo.nn.diffusion import Diffusion, hybrid_loss, spaced_timesteps
 from varzoo.nn.diffusion_mlp import DiffusionMLP
-from varzoo.nn.solvers import DDIM, DDPM, Estimate, Solver
+from varzoo.nn.solvers import DDIM, DDPM, DPM, Estimate, Solver
 from varzoo.predictions.diffusion import DiffusionPrediction
 
 MEAN, STD = 0.7, 0.4  # of the data in the tests with a known epsilon
@@ -42,7 +42,7 @@ def exact_network(process: Diffusion, v: float) -> object:
 
     def network_at(times: Tensor) -> Estimate:
         def estimate(noised: Tensor, k: int) -> tuple[Tensor, Tensor]:
-            share = abar[times[k]]
+            share = abar[times[k].round().long()]  # DPM asks between the timesteps
             epsilon = (1 - share).sqrt() * (noised - share.sqrt() * MEAN) / (share * STD**2 + 1 - share)
             return epsilon, torch.full_like(noised, v)
         return estimate
@@ -58,7 +58,8 @@ def solve_gaussian(solver: Solver, steps: int | str, *, temperature: float = 1.0
 
 
 @pytest.mark.parametrize("solver, steps, v", [(DDPM(), 250, 1.0), (DDPM(), "ddim250", 0.0), (DDIM(), 100, 0.0),
-                                              (DDIM(), "ddim50", 0.0)])
+                                              (DDIM(), "ddim50", 0.0), (DDIM(strided=True), 50, 0.0),
+                                              (DPM(clip=990), 100, 0.0)])
 def test_solvers_give_the_moments_of_the_data(solver: Solver, steps: int | str, v: float) -> None:
     samples = solve_gaussian(solver, steps, v=v)
     assert abs(samples.mean() - MEAN) < 5 * STD / math.sqrt(len(samples))
@@ -70,9 +71,22 @@ def test_temperature_narrows_what_ddpm_draws() -> None:
     assert cool < 0.8 * warm
 
 
-def test_ddim_refuses_a_temperature() -> None:
-    with pytest.raises(ValueError, match=r"DDIM .*temperature 0\.9.*DDPM"):
-        solve_gaussian(DDIM(), 10, temperature=0.9)
+@pytest.mark.parametrize("solver", [DDIM(), DPM()])
+def test_solvers_without_noise_refuse_a_temperature(solver: Solver) -> None:
+    with pytest.raises(ValueError, match=rf"{type(solver).__name__} .*temperature 0\.9.*DDPM"):
+        solve_gaussian(solver, 10, temperature=0.9)
+
+
+@pytest.mark.parametrize("steps", [0, -2, "10", 2.5])
+def test_dpm_takes_whole_steps(steps: object) -> None:
+    with pytest.raises(ValueError, match="whole number of steps, at least 1, got"):
+        solve_gaussian(DPM(), steps)
+
+
+def test_strided_steps_are_those_of_the_string() -> None:
+    process = Diffusion.named("cosine", 1000)
+    assert DDIM(strided=True).respaced(process, 50) is DDIM().respaced(process, "ddim50")
+    assert spaced_timesteps("ddim30", 1000) == tuple(range(0, 30 * 34, 34))[:30]
 
 
 def test_noising_and_predicting_clean_are_inverse() -> None:
@@ -92,7 +106,7 @@ def test_respacing_keeps_the_noise_levels_and_is_kept() -> None:
     assert short.respaced([1, 4]).timesteps.tolist() == [timesteps[1], timesteps[4]]
 
 
-@pytest.mark.parametrize("steps", ["0", "1001", "ddim999", "many", "600,400,1", "-3,9", 0, 2.5])
+@pytest.mark.parametrize("steps", ["0", "1001", "ddim1001", "many", "600,400,1", "-3,9", 0, 2.5])
 def test_impossible_spacings_are_refused(steps: object) -> None:
     with pytest.raises(ValueError, match=r"cannot space .* over 1000 timesteps"):
         spaced_timesteps(steps, 1000)

@@ -55,7 +55,8 @@ def build_mar(config: dict[str, Any]) -> MAR:
 
 
 def loaded_mar(case: Case) -> MAR:
-    model = build_mar(case.config)
+    words = re.search(r"LayerNorm has eps [\d.e+-]+", case.meta["call"])  # where the config does not say it
+    model = build_mar(case.config if words is None else {"norm_layer": words[0].replace("eps ", "eps=")} | case.config)
     load_strictly(model, model.key_maps()["mar"].to_ours(case.state_dict), "the case")
     return model
 

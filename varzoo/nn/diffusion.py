@@ -39,7 +39,8 @@ def spaced_timesteps(steps: int | str, total: int) -> tuple[int, ...]:
     Args:
         steps: how many, evenly spaced from 0 to total - 1; or a string: "N" is the same, "a,b,..." gives the numbers
             in equal sections of the timesteps (0 skips the section), "ddimN" takes every k-th timestep from 0 on for
-            the smallest integer k that gives N.
+            the smallest integer k that gives N; where there is none, as few of the last timesteps are left out as it
+            takes (DiSA).
 
     Raises:
         ValueError: the string has none of these forms, or asks for more steps than there are.
@@ -55,9 +56,10 @@ def spaced_timesteps(steps: int | str, total: int) -> tuple[int, ...]:
 
 
 def _strided(count: int, total: int) -> tuple[int, ...]:
-    for stride in range(1, total):
-        if len(range(0, total, stride)) == count:
-            return tuple(range(0, total, stride))
+    for end in range(total, 0, -1):
+        for stride in range(1, end):
+            if len(range(0, end, stride)) == count:
+                return tuple(range(0, end, stride))
     raise ValueError(f"no integer stride gives {count} steps")
 
 

@@ -51,6 +51,9 @@ class DiffusionPrediction(Prediction):
         """
         if temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {temperature:g}.")
+        if len(self.condition) == 2 and not solver.guides:
+            raise ValueError(f"{type(solver).__name__} draws without guidance, got scale {self.scale:g}: choose DDPM "
+                             "or DDIM, or guidance 1.")
         size = (self.network.channels,)
         solved = solver.solve(
             self.estimate_at, self.process, draws.normal("init_noise", size, at=self.positions),
