@@ -64,6 +64,17 @@ class LinearInTokens(Schedule):
 
 
 @dataclass(frozen=True)
+class LinearInSteps(Schedule):
+    """From 1 at the first step to `scale` at the last, linear in the steps (xAR, FlowAR); a single step takes `scale`.
+    """
+
+    scale: float
+
+    def __call__(self, step: Step) -> float:
+        return self.scale if step.of == 1 else 1 + (self.scale - 1) * step.index / (step.of - 1)
+
+
+@dataclass(frozen=True)
 class FirstSteps(Schedule):
     """`scale` up to step `last` inclusive, 1 afterwards (LlamaGen's `cfg_interval` k is `last = k + 1`)."""
 
@@ -172,13 +183,15 @@ def of_phase(guidance: Schedule | Mapping[str, Schedule] | None, phase: str = "m
     """The schedule of one phase, of a setting that is given once for all phases or per phase.
 
     Raises:
-        ValueError: the setting is per phase, but has none for this one.
+        ValueError: the setting is per phase, but has none for this one; or it is no schedule.
     """
-    if not isinstance(guidance, Mapping):
-        return guidance
-    if phase not in guidance:
-        raise unknown("phase", phase, guidance)
-    return guidance[phase]
+    if isinstance(guidance, Mapping):
+        if phase not in guidance:
+            raise unknown("phase", phase, guidance)
+        guidance = guidance[phase]
+    if guidance is not None and not isinstance(guidance, Schedule):
+        raise unknown("guidance schedule", guidance, (kind.__name__ for kind in Schedule.__subclasses__()))
+    return guidance
 
 
 def needs_null_branch(guidance: Schedule | None, steps: Iterable[Step]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,9 @@ class KVCache:
         self.keys[layer].index_copy_(2, slots, keys.to(self.keys.dtype))
         self.values[layer].index_copy_(2, slots, values.to(self.values.dtype))
         return self.keys[layer, :, :, :self.reach], self.values[layer, :, :, :self.reach]
+
+    def first(self, batch: int) -> KVCache:
+        """The first samples' part of this cache, in the same memory (the conditional half of a guided batch)."""
+        part = copy(self)
+        part.keys, part.values = self.keys[:, :batch], self.values[:, :batch]
+        return part

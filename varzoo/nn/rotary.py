@@ -19,17 +19,25 @@ def line_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def axial_table(grid: Sequence[int], head_dim: int, base: float = 10000.0) -> Tensor:
-    """Rows of a grid's positions in raster order; the pairs are shared out evenly over the axes, the first axis first.
+def axial_rows(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
+    """Rows of points `[rows, axes]`, whole or not; the pairs are shared out evenly over the axes, the first axis first.
 
     Raises:
         ValueError: head_dim does not split into pairs for every axis.
     """
-    if head_dim % (2 * len(grid)):
-        raise ValueError(f"head_dim {head_dim} must be a multiple of {2 * len(grid)} for {len(grid)} rotary axes.")
-    tables = [line_table(side, head_dim // len(grid), base) for side in grid]
-    rows = torch.cartesian_prod(*(torch.arange(side) for side in grid)).reshape(-1, len(grid))
-    return torch.cat([table[rows[:, axis]] for axis, table in enumerate(tables)], dim=1)
+    axes = coordinates.shape[1]
+    if head_dim % (2 * axes):
+        raise ValueError(f"head_dim {head_dim} must be a multiple of {2 * axes} for {axes} rotary axes.")
+    part = head_dim // axes
+    frequencies = base ** (-torch.arange(0, part, 2, device=coordinates.device).float() / part)
+    angles = (coordinates.float()[:, :, None] * frequencies).flatten(1)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def axial_table(grid: Sequence[int], head_dim: int, base: float = 10000.0) -> Tensor:
+    """Rows of a grid's positions in raster order (see `axial_rows`)."""
+    return axial_rows(torch.cartesian_prod(*(torch.arange(side) for side in grid)).reshape(-1, len(grid)), head_dim,
+                      base)
 
 
 def zero_rows(count: int, head_dim: int) -> Tensor:

@@ -24,10 +24,13 @@ class Prediction(ABC):
 
     Attributes:
         options: names of the keyword arguments that `draw` takes; a sampler refuses any other at composition.
+        backbone_evaluations: runs of the backbone that the prediction took; none where the backbone itself is what
+            `draw` evaluates (xAR).
         carry: whatever the decoding wants back on commit, opaque to the sampler.
     """
 
     options: ClassVar[frozenset[str]]
+    backbone_evaluations: int = 1
     carry: Any = None
 
     @abstractmethod

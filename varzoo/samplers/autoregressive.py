@@ -36,15 +36,16 @@ class Autoregressive(Sampler):
     def sample(self, generator: Generator, condition: Condition, draws: AnyDraws,
                callback: Callback | None = None) -> Sampled:
         self.check(generator)
-        start, steps, head_evaluations = time.perf_counter(), 0, 0
+        start, steps, backbone_evaluations, head_evaluations = time.perf_counter(), 0, 0, 0
         decoding = generator.begin(condition, draws=draws, guidance=self.guidance, plan=self.plan)
         for step in decoding.steps:
             prediction = decoding.predict(step)
             drawn = prediction.draw(draws, **{name: at_step(value, step) for name, value in self.draw.items()})
             decoding.commit(step, drawn.tokens, prediction.carry)
             steps, head_evaluations = steps + 1, head_evaluations + drawn.evaluations
+            backbone_evaluations += prediction.backbone_evaluations
             if callback is not None:
                 callback(Progress(step=step, decoding=decoding))
-        counts = Counts(steps=steps, backbone_evaluations=steps, head_evaluations=head_evaluations,
-                        seconds=time.perf_counter() - start)
+        counts = Counts(steps=steps, backbone_evaluations=backbone_evaluations,
+                        head_evaluations=head_evaluations, seconds=time.perf_counter() - start)
         return Sampled(tokens=decoding.tokens, counts=counts)

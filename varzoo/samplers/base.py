@@ -16,7 +16,11 @@ from varzoo.generators.base import Condition, Decoding, Generator
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a batch took: AR steps, evaluations of the backbone and of the head (a guided one counts once), seconds."""
+    """What a batch took: AR steps, evaluations of the backbone and of the head, seconds.
+
+    An evaluation is one call of the network for the whole batch, whatever it is fed; a guided one, with its null half,
+    counts once. Where one network is both (xAR), its calls are the head's and none are the backbone's.
+    """
 
     steps: int
     backbone_evaluations: int

@@ -46,19 +46,24 @@ class WarmupConstant(LearningRate):
 class WarmupCosine(LearningRate):
     """Linear from 0 over `warmup` steps, then half a cosine to `floor` at step `total`.
 
-    `floor` is a share of the full learning rate; it stays there after `total`.
+    `floor` is a share of the full learning rate; it stays there after `total`. The full rate is kept until step `hold`
+    where that is later than the warm-up (xAR: until 600 of 800 epochs).
     """
 
     warmup: float
     total: float
     floor: float
+    hold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.total <= self.warmup:
             raise ValueError(f"the warm-up of {self.warmup:g} steps must end before the total of {self.total:g} steps.")
+        if self.total <= self.hold:
+            raise ValueError(f"the rate is held until step {self.hold:g}, past the total of {self.total:g} steps.")
 
     def __call__(self, step: float) -> float:
         if step < self.warmup:
             return step / self.warmup
-        progress = min(1.0, (step - self.warmup) / (self.total - self.warmup))
+        start = max(self.warmup, self.hold)
+        progress = min(1.0, max(0.0, step - start) / (self.total - start))
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
