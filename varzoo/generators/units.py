@@ -11,23 +11,18 @@ takes it as a mask; decoding never needs it unless it feeds several units at onc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from varzoo.core.losses import Losses
-from varzoo.core.spec import TokenSpec
-from varzoo.core.steps import Schedule, Step, needs_null_branch
-from varzoo.generators.base import Condition, Decoding
+from varzoo.core.steps import Step
 from varzoo.generators.orders import on_host
-from varzoo.nn.modulated_transformer import ModulatedTransformer
 
 Grid = tuple[int, int]
 
@@ -193,99 +188,3 @@ def _permuted(grid: Grid, units: Tensor) -> Layout:
     """The layout whose units are rows `[units, n]` of raster positions."""
     positions = units.flatten()
     return Layout(grid, (units.shape[1],) * units.shape[0], positions, _raster_coordinates(grid)[positions])
-
-
-class UnitDecoding(Decoding):
-    """Base of decodings that draw unit after unit, with one cache for both branches.
-
-    The cache holds some units of each branch, always the first ones. What a branch lacks is fed together with the next
-    unit that it is needed for, under the mask, and never in a run of its own: a finished unit goes in with the first
-    evaluation of the next, and a null branch that was idle while the scale was 1 catches up when it is wanted.
-
-    Subclasses say what is fed of a unit. `ahead` is 1 where that is known before the unit's tokens are (FlowAR), and 0
-    where it is the tokens themselves (xAR), so that only what was fed of earlier units may stay in the cache.
-
-    Attributes:
-        held: how many units of each branch, conditional and null, the cache holds.
-    """
-
-    ahead: ClassVar[int]
-
-    def __init__(self, *, backbone: ModulatedTransformer, layout: Layout, visible: Tensor, channels: int, batch: int,
-                 guidance: Schedule | None) -> None:
-        self._backbone, self._layout, self._visible, self._guidance = backbone, layout, visible, guidance
-        self._bounds, device = layout.bounds, visible.device
-        self._plan = layout.steps(batch, device)
-        self.batch, self._branches = batch, 1 + needs_null_branch(guidance, self._plan)
-        self._cache = backbone.new_cache(batch * self._branches)
-        self.held = [0] * self._branches
-        # float32 whatever the weights are: rounding latents would be seen in the pixels
-        self._sequence = torch.zeros(batch, len(layout.positions), channels, device=device)
-        self._done = 0
-
-    @property
-    def steps(self) -> Iterator[Step]:
-        while self._done < len(self._plan):
-            yield self._plan[self._done]
-
-    @property
-    def tokens(self) -> Tensor:
-        return self._layout.merge(self._sequence)
-
-    def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:
-        start, stop = self._bounds[step.index]
-        self._sequence[:, start:stop] = tokens.to(self._sequence.dtype)
-        self.held = [min(held, step.index + self.ahead) for held in self.held]
-        self._done = step.index + 1
-
-    def scale(self, step: Step) -> float:
-        return 1.0 if self._guidance is None else self._guidance(step)
-
-    def first_to_feed(self, index: int, branches: int) -> int:
-        """The first unit that must be fed before unit `index` can be, so that all of the branches know what is past."""
-        return min(index, *self.held[:branches])
-
-    def run(self, x: Tensor, modulations: Sequence[Tensor], *, first: int, index: int, branches: int,
-            groups: Tensor | None = None) -> Tensor:
-        """Feed units `first` to `index`, embedded `[branches B, n, width]`; hidden states of the last, same shape."""
-        start, stop = self._bounds[first][0], self._bounds[index][1]
-        self._cache.reach = stop
-        hidden = self._backbone(
-            x, modulations, slots=slice(start, stop), groups=groups,
-            mask=None if first == index else self._visible[start:stop, :stop],
-            cache=self._cache if branches == self._branches else self._cache.first(branches * self.batch))
-        self.held[:branches] = [index + self.ahead] * branches
-        return hidden[:, self._bounds[index][0] - start:]
-
-
-def require_continuous_grid(spec: TokenSpec, who: str) -> Grid:
-    """The grid of a spec. Raises ValueError unless it is a grid of continuous tokens."""
-    if spec.kind != "continuous" or len(spec.shape) != 2:
-        raise ValueError(f"{who} models a grid of continuous tokens, got a spec of {spec}. Choose a tokenizer "
-                         "without a codebook, such as kl16.")
-    return spec.shape
-
-
-def class_table(num_classes: int, width: int, drop: float) -> nn.Embedding:
-    """A vector per class, the null class last. Raises ValueError if `drop` is no probability."""
-    if num_classes < 1 or not 0 <= drop <= 1:
-        raise ValueError(f"need num_classes >= 1 and 0 <= class_drop <= 1, got {num_classes} and {drop}.")
-    table = nn.Embedding(num_classes + 1, width)
-    nn.init.normal_(table.weight, std=0.02)
-    return table
-
-
-def class_vectors(table: nn.Embedding, condition: Condition, dropped: Tensor | None = None) -> Tensor:
-    """Class vectors `[B, width]`: the null class's where there are no labels, or where `dropped` `[B]` is True."""
-    null = table.num_embeddings - 1
-    labels = condition.labels
-    if labels is None:
-        labels = torch.full((condition.size,), null, device=table.weight.device)
-    return table(labels if dropped is None else labels.masked_fill(dropped, null))
-
-
-def flow_losses(per_sample: Tensor, weights: Tensor | None) -> Losses:
-    """Errors `[B]`, averaged over the batch with the samples' weights."""
-    weights = torch.ones_like(per_sample) if weights is None else weights
-    total = (per_sample * weights).sum() / weights.sum()
-    return Losses(total=total, parts={"velocity": total.detach()})

@@ -10,9 +10,8 @@ and the modulation of several solver steps is one product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
@@ -21,54 +20,28 @@ from torch import Tensor, nn
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import Ignore, KeyMap, Rename
 from varzoo.core.losses import Losses
-from varzoo.core.spec import TokenSpec
-from varzoo.core.steps import Schedule, Step, of_phase
-from varzoo.generators.base import Batch, Condition, Generator
-from varzoo.generators.units import Unit, UnitDecoding, class_table, class_vectors, flow_losses, require_continuous_grid
+from varzoo.core.steps import Schedule, Step
+from varzoo.generators.base import Batch, Condition
+from varzoo.generators.unitwise import UnitDecoding, UnitGenerator, flow_losses
 from varzoo.nn.diffusion_mlp import FREQUENCIES, MODULATION_NUMBERS, time_frequencies
-from varzoo.nn.modulated_transformer import ModulatedTransformer, initialise, modulated_transformer_rules, time_index
-from varzoo.predictions.base import Prediction
+from varzoo.nn.modulated_transformer import initialise, time_index
 from varzoo.predictions.flow import FlowPrediction
 
 
-class XAR(Generator):
+class XAR(UnitGenerator):
     """A transformer that carries one unit of continuous tokens after the other from noise to data.
 
     Args:
-        spec: continuous tokens on a grid (h, w).
-        num_classes: class labels it knows; the label after them is the null class.
-        unit: what is drawn in one step (see `varzoo.generators.units`).
-        width, heads: of the transformer.
-        encoder_depth, decoder_depth: blocks of its two stacks.
-        mlp_ratio: hidden width of an MLP over the width, of which GEGLU has two thirds.
-        class_drop: probability that a sample is trained without its class.
-        attention_dropout: on attention weights.
-        projection_dropout: after attention projections and in the MLPs.
+        spec, unit, width and the rest: see `UnitGenerator`. Any kind of unit will do; cells are what was published.
     """
 
-    predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": FlowPrediction}
-
-    visible: Tensor
-    turn: Tensor
-
-    def __init__(self, *, spec: TokenSpec, num_classes: int, unit: Unit, width: int, heads: int, encoder_depth: int,
-                 decoder_depth: int, mlp_ratio: float, class_drop: float, attention_dropout: float,
-                 projection_dropout: float) -> None:
-        super().__init__()
-        self.spec, self.num_classes, self.class_drop = spec, num_classes, class_drop
-        self.layout = unit.layout(require_continuous_grid(spec, "xAR"))
-        self.class_embed = class_table(num_classes, width, class_drop)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        width = self.class_embed.embedding_dim
         self.time_embed = TimestepEmbedding(FREQUENCIES, width)
-        self.backbone = ModulatedTransformer(
-            channels=spec.size, coordinates=self.layout.coordinates, width=width, heads=heads,
-            encoder_depth=encoder_depth, decoder_depth=decoder_depth, mlp_ratio=mlp_ratio,
-            attention_dropout=attention_dropout, projection_dropout=projection_dropout)
-        self.head = nn.Linear(width, spec.size)
+        self.head = nn.Linear(width, self.spec.size)
         initialise(self.time_embed)
         initialise(self.head)
-        turn = self.layout.turn
-        self.register_buffer("turn", turn, persistent=False)
-        self.register_buffer("visible", turn <= turn[:, None], persistent=False)
 
     def time_vectors(self, times: Tensor) -> Tensor:
         """Times `[...]` in [0, 1] -> vectors `[..., width]`."""
@@ -92,22 +65,17 @@ class XAR(Generator):
         self.check_condition(batch.condition)
         clean = self.layout.split(batch.tokens)
         times = torch.sigmoid(draws.normal("time", (len(self.layout.sizes),), dtype=torch.float64)).float()
-        noise = draws.normal("noise", (self.spec.size,), at=self.layout.positions.expand(len(clean), -1))
+        noise = self.noise_like(clean, draws)
         at = times[:, self.turn, None]
-        vectors = class_vectors(self.class_embed, batch.condition, draws.uniform("drop_label") < self.class_drop)
+        vectors = self.class_vectors(batch.condition, draws.uniform("drop_label") < self.class_drop)
         velocity = self.velocity((1 - at) * clean + at * noise, times, vectors)
         return flow_losses((velocity - (noise - clean)).square().mean(dim=(1, 2)), batch.weights)
 
-    def begin(self, condition: Condition, *, draws: AnyDraws,
-              guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> XARDecoding:
-        self.check_condition(condition)
-        if plan is not None:
-            raise ValueError(f"xAR's units are fixed by the generator, so it takes no plan, got {plan}.")
-        return XARDecoding(self, condition, of_phase(guidance))
+    def open(self, condition: Condition, guidance: Schedule | None) -> XARDecoding:
+        return XARDecoding(self, condition, guidance)
 
     def key_maps(self) -> dict[str, KeyMap]:
         names = {
-            "class_emb.weight": "class_embed.weight",
             "time_embed.mlp.0.{p}": "time_embed.linear_1.{p}",
             "time_embed.mlp.2.{p}": "time_embed.linear_2.{p}",
             "pred.{p}": "head.{p}",
@@ -117,15 +85,11 @@ class XAR(Generator):
                   for i in range(depth)]
         tables = [Ignore(f"{block}.attn.rope.freqs_{name}", partial(self._doubled_table, part))
                   for block in blocks for part, name in enumerate(("cos", "sin"))]
-        return {"xar": KeyMap([*(Rename(*pair) for pair in names.items()), Ignore("mask", self._official_mask), *tables,
-                               *modulated_transformer_rules(self.backbone)])}
+        return {"xar": KeyMap([*(Rename(*pair) for pair in names.items()), *tables, *self.key_rules()])}
 
     def _doubled_table(self, part: int) -> Tensor:
         """Cosines (0) or sines (1) `[S, head_dim]` as official files keep them, once for either channel of a pair."""
         return self.backbone.rotary[..., part].repeat_interleave(2, dim=-1)
-
-    def _official_mask(self) -> Tensor:
-        return torch.zeros(self.visible.shape).masked_fill(~self.visible.cpu(), -torch.inf)[None, None]
 
 
 class XARDecoding(UnitDecoding):
@@ -134,11 +98,8 @@ class XARDecoding(UnitDecoding):
     ahead = 0
 
     def __init__(self, generator: XAR, condition: Condition, guidance: Schedule | None) -> None:
-        super().__init__(backbone=generator.backbone, layout=generator.layout, visible=generator.visible,
-                         channels=generator.spec.size, batch=condition.size, guidance=guidance)
+        super().__init__(generator, condition, guidance)
         self._generator = generator
-        branches = (condition.to(generator.visible.device), Condition.nothing(condition.size))[:self._branches]
-        self._vectors = torch.cat([class_vectors(generator.class_embed, branch) for branch in branches])
 
     def predict(self, step: Step) -> FlowPrediction:
         network_at = partial(UnitVelocity, self, self._generator, step.index)
