@@ -79,6 +79,12 @@ PUBLISHED = {
         config=f"mar_{size}", repo=None, file="checkpoint-last.pth", layout="mar", licence="MIT",
         tokenizer="kl16", note="linked from the official README; the averaged weights under model_ema are used")
        for size in "blh"},
+    **{f"xar_{size}": Published(
+        config=f"xar_{size}", repo="OliverRen/xAR", file=f"xAR-{size.upper()}.pth", layout="xar", licence="not stated",
+        tokenizer="kl16") for size in "blh"},
+    **{f"flowar_{size}": Published(
+        config=f"flowar_{size}", repo="OliverRen/FlowAR", file=f"FlowAR-{size.upper()}.pth", layout="flowar",
+        licence="not stated", tokenizer="kl16") for size in "slh"},
 }
 
 
