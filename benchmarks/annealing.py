@@ -75,8 +75,9 @@ def main() -> None:
             row.distances.append(scores.fd)
             row.accuracies.append(100 * scores.accuracy)
     print(f"{options.run.name}: {len(labels)} images x {options.seeds} seeds, guidance {trained.sampler.guidance}")
-    print("| AR steps | solver steps | backbone evaluations | head evaluations | s per image | fd_digits | label accuracy |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("AR steps", "solver steps", "backbone evaluations", "head evaluations", "s per image", "fd_digits",
+               "label accuracy")
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     print("\n".join(map(str, rows)))
 
 
