@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -74,6 +75,8 @@ def main() -> None:
             row.seconds.append(row.counts.seconds / len(labels))
             row.distances.append(scores.fd)
             row.accuracies.append(100 * scores.accuracy)
+            print(f"seed {seed}, {row.setting}: {row.seconds[-1]:.3f} s per image, fd_digits {scores.fd:.2f}, label "
+                  f"accuracy {100 * scores.accuracy:.1f} %", file=sys.stderr, flush=True)
     print(f"{options.run.name}: {len(labels)} images x {options.seeds} seeds, guidance {trained.sampler.guidance}")
     columns = ("AR steps", "solver steps", "backbone evaluations", "head evaluations", "s per image", "fd_digits",
                "label accuracy")

@@ -22,8 +22,10 @@ from varzoo.generators.flowar import FlowAR
 from varzoo.generators.units import Cells, Scales, Subsamples, Unit
 from varzoo.generators.unitwise import UnitGenerator
 from varzoo.generators.xar import XAR
+from varzoo.loading import build, compose_config
 from varzoo.nn.flow import Euler, EulerMaruyama, PiecewiseGrid
 from varzoo.samplers.autoregressive import Autoregressive
+from varzoo.training.optim import WarmupCosine
 
 GRID = (4, 6)
 SHARED = {"spec": TokenSpec(kind="continuous", shape=GRID, size=3), "num_classes": 5, "width": 24, "heads": 2,
@@ -380,10 +382,35 @@ def test_two_solver_steps_are_enough() -> None:
     assert torch.isfinite(sample(filled("xar_cells"), labels(0), Draws(0, (0,)), steps=2)).all()
 
 
+def test_the_rate_is_held_before_it_falls() -> None:
+    rate = WarmupCosine(warmup=100, hold=600, total=800, floor=0.025)
+    assert [rate(epoch) for epoch in (50, 100, 600, 700, 800, 900)] == pytest.approx([0.5, 1, 1, 0.5125, 0.025, 0.025])
+    with pytest.raises(ValueError, match="held until step 900, past the total of 800"):
+        WarmupCosine(warmup=100, hold=900, total=800, floor=0.0)
+
+
 def test_linear_guidance_of_a_single_step_is_its_scale() -> None:
     model = filled("xar_image")
     steps = model.layout.steps(1, torch.device("cpu"))
     assert [LinearInSteps(3.0)(step) for step in steps] == [3.0]
+
+
+@pytest.mark.parametrize("name", ["xar", "flowar"])
+def test_annealed_models_differ_in_their_steps_alone(name: str) -> None:
+    size = "l"
+    plain, annealed = (compose_config("sample", [f"model={model}", "checkpoint=none"])
+                       for model in (f"{name}_{size}", f"{name}_{size}_disa"))
+    assert build(annealed.sampler).draw["steps"] == Anneal(50 if name == "xar" else 25, 15, rounding=name)
+    annealed.sampler.draw.steps = plain.sampler.draw.steps
+    assert annealed == plain
+
+
+@pytest.mark.parametrize("name, millions", [("xar_b", 172.64), ("xar_l", 608.40), ("xar_h", 1186.02),
+                                            ("flowar_s", 171.72), ("flowar_l", 586.86), ("flowar_h", 1913.32)])
+def test_published_sizes(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        model = build(compose_config("sample", [f"generator={name}", "checkpoint=none"]).generator)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == millions
 
 
 @MAIN
