@@ -98,7 +98,6 @@ class UnitGenerator(Generator):
         return torch.zeros(self.visible.shape).masked_fill(~self.visible.cpu(), -torch.inf)[None, None]
 
 
-
 class UnitDecoding(Decoding):
     """Base of decodings that draw unit after unit, with one cache for both branches.
 
