@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,17 +168,37 @@ def at_step(value: Any, step: Step) -> Any:
     return value(step) if isinstance(value, Schedule) else value
 
 
-def of_phase(guidance: Schedule | Mapping[str, Schedule] | None, phase: str = "main") -> Schedule | None:
-    """The schedule of one phase, of a setting that is given once for all phases or per phase.
+def of_phase(setting: Any, phase: str = "main", phases: Collection[str] = ("main",)) -> Any:
+    """What a setting (guidance, plan) says for one phase; it is given once for all phases, or as a mapping by phase.
+
+    Args:
+        setting: the setting.
+        phase: the phase that is asked for.
+        phases: all phases of the generator.
 
     Raises:
-        ValueError: the setting is per phase, but has none for this one.
+        ValueError: the setting is per phase, but not for exactly these phases.
     """
-    if not isinstance(guidance, Mapping):
-        return guidance
-    if phase not in guidance:
-        raise unknown("phase", phase, guidance)
-    return guidance[phase]
+    if not isinstance(setting, Mapping):
+        return setting
+    for name in setting:
+        if name not in phases:
+            raise unknown("phase", name, phases)
+    missing = [name for name in phases if name not in setting]
+    if missing:
+        raise ValueError(f"a setting per phase needs all of {', '.join(phases)}; there is none for {missing[0]!r}.")
+    return setting[phase]
+
+
+def options_of_phase(options: Mapping[str, Any], phase: str = "main",
+                     phases: Collection[str] = ("main",)) -> Mapping[str, Any]:
+    """The options of one phase, of options that are given once for all phases, or as a mapping of options by phase.
+
+    Raises:
+        ValueError: they are per phase, but not for exactly these phases.
+    """
+    per_phase = any(isinstance(value, Mapping) for value in options.values())
+    return of_phase(options, phase, phases) if per_phase else options
 
 
 def needs_null_branch(guidance: Schedule | None, steps: Iterable[Step]) -> bool:
