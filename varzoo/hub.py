@@ -79,6 +79,10 @@ PUBLISHED = {
         config=f"mar_{size}", repo=None, file="checkpoint-last.pth", layout="mar", licence="MIT",
         tokenizer="kl16", note="linked from the official README; the averaged weights under model_ema are used")
        for size in "blh"},
+    **{f"himar_{size}": Published(
+        config=f"himar_{size}", repo="HiDream-ai/Hi-MAR", file=f"Hi-MAR-{size.upper()}/checkpoint-last.pth",
+        layout="himar", licence="not stated", tokenizer="kl16",
+        note="the averaged weights under model_ema are used") for size in "blh"},
 }
 
 
