@@ -30,6 +30,9 @@ def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return values.astype(np.float32)
 
 
+AMPLIFYING = ("_full", "_250")  # ends of such kinds' names
+
+
 @dataclass(frozen=True)
 class Case:
     """One case. `config` is the official constructor's; `inputs` and `outputs` are tensors by name."""
@@ -64,7 +67,10 @@ def load_case(path: Path) -> Case:
 
 
 def compare(case: Case, computed: dict[str, Any]) -> None:
-    """Assert that every output of the case was computed, within the case's own tolerance."""
+    """Assert that every output of the case was computed, within the case's own tolerance.
+
+    Where random weights amplify values over a whole denoising, no error may exceed 3e-4 of the largest value either.
+    """
     missing = sorted(set(case.outputs) - set(computed))
     assert not missing, f"{case.system}/{case.kind}: outputs not computed: {missing}"
     for name, expected in case.outputs.items():
@@ -76,5 +82,7 @@ def compare(case: Case, computed: dict[str, Any]) -> None:
         assert value.shape == expected.shape, f"{name}: shape {tuple(value.shape)}, expected {tuple(expected.shape)}"
         error = (value.double() - expected.double()).abs()
         allowed = case.meta["atol"] + case.meta["rtol"] * expected.double().abs()
+        if case.kind.endswith(AMPLIFYING):
+            allowed = allowed.clamp(max=3e-4 * expected.double().abs().max())
         worst = (error - allowed).max().item() if error.numel() else 0.0
         assert worst <= 0, f"{name}: largest error {error.max().item():.3g}, {worst:.3g} beyond the case's tolerance"

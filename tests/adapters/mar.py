@@ -21,8 +21,9 @@ from varzoo.core.steps import Constant, LinearInTokens
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.mar import MAR
 from varzoo.generators.masked import MaskPlan, masked_steps
+from varzoo.nn.denoiser import time_frequencies
 from varzoo.nn.diffusion import Diffusion, hybrid_loss, spaced_timesteps
-from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules, time_frequencies
+from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules
 from varzoo.nn.patches import patchify, unpatchify
 from varzoo.predictions.diffusion import DiffusionPrediction
 from varzoo.samplers.autoregressive import Autoregressive

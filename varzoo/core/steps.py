@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,19 +179,46 @@ def at_step(value: Any, step: Step) -> Any:
     return value(step) if isinstance(value, Schedule) else value
 
 
-def of_phase(guidance: Schedule | Mapping[str, Schedule] | None, phase: str = "main") -> Schedule | None:
-    """The schedule of one phase, of a setting that is given once for all phases or per phase.
+def setting_of_phase(setting: Any, phase: str = "main", phases: Collection[str] = ("main",)) -> Any:
+    """What a setting (guidance, plan) says for one phase; it is given once for all phases, or as a mapping by phase.
+
+    Args:
+        setting: the setting.
+        phase: the phase that is asked for.
+        phases: all phases of the generator.
 
     Raises:
-        ValueError: the setting is per phase, but has none for this one; or it is no schedule.
+        ValueError: the setting is per phase, but not for exactly these phases.
     """
-    if isinstance(guidance, Mapping):
-        if phase not in guidance:
-            raise unknown("phase", phase, guidance)
-        guidance = guidance[phase]
-    if guidance is not None and not isinstance(guidance, Schedule):
-        raise unknown("guidance schedule", guidance, (kind.__name__ for kind in Schedule.__subclasses__()))
-    return guidance
+    if not isinstance(setting, Mapping):
+        return setting
+    for name in setting:
+        if name not in phases:
+            raise unknown("phase", name, phases)
+    missing = [name for name in phases if name not in setting]
+    if missing:
+        raise ValueError(f"a setting per phase needs all of {', '.join(phases)}; there is none for {missing[0]!r}.")
+    return setting[phase]
+
+
+def of_phase(guidance: Schedule | Mapping[str, Schedule] | None, phase: str = "main",
+             phases: Collection[str] = ("main",)) -> Schedule | None:
+    """The schedule of one phase, see `setting_of_phase`. Raises ValueError too if it is no schedule."""
+    schedule = setting_of_phase(guidance, phase, phases)
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise unknown("guidance schedule", schedule, (kind.__name__ for kind in Schedule.__subclasses__()))
+    return schedule
+
+
+def options_of_phase(options: Mapping[str, Any], phase: str = "main",
+                     phases: Collection[str] = ("main",)) -> Mapping[str, Any]:
+    """The options of one phase, of options that are given once for all phases, or as a mapping of options by phase.
+
+    Raises:
+        ValueError: they are per phase, but not for exactly these phases.
+    """
+    per_phase = any(isinstance(value, Mapping) for value in options.values())
+    return setting_of_phase(options, phase, phases) if per_phase else options
 
 
 def needs_null_branch(guidance: Schedule | None, steps: Iterable[Step]) -> bool:

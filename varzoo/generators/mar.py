@@ -9,7 +9,6 @@ steps only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -17,12 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from varzoo.core.draws import AnyDraws
-from varzoo.core.keymap import KeyMap, Rename
+from varzoo.core.keymap import KeyMap, Rename, Rule
 from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Batch, Condition, Decoding, Generator
-from varzoo.generators.masked import MaskPlan, masked_steps
+from varzoo.generators.masked import (
+    TruncatedNormalRate,
+    known_positions,
+    masked_steps,
+    require_plan,
+    split_order,
+)
 from varzoo.nn.diffusion import Diffusion, hybrid_loss
 from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules
 from varzoo.nn.masked_vit import MaskedViT, put_rows, take_rows
@@ -30,7 +35,88 @@ from varzoo.predictions.base import Prediction
 from varzoo.predictions.diffusion import DiffusionPrediction
 
 
-class MAR(Generator):
+class MaskedDiffusion(Generator):
+    """What MAR and its kin share: class vectors, the loss of the token-wise head, official names, what decays.
+
+    Args:
+        spec: continuous tokens; `spec.size` counts a token's channels, those of its patch included.
+        num_classes: class labels it knows.
+        width: of the class vectors.
+        noise_schedule, noise_steps: the diffusion process, see `Diffusion.named`.
+        head_batch: times and noises per masked token and training step (official: diffusion_batch_mul).
+        class_drop: probability that a sample is trained without its class.
+    """
+
+    def __init__(self, *, spec: TokenSpec, num_classes: int, width: int, noise_schedule: str, noise_steps: int,
+                 head_batch: int, class_drop: float) -> None:
+        super().__init__()
+        if spec.kind != "continuous":
+            raise ValueError(f"{type(self).__name__} models continuous tokens, got a spec of {spec}. Choose a "
+                             "tokenizer without a codebook, such as kl16.")
+        if not 0 <= class_drop <= 1 or head_batch < 1:
+            raise ValueError(f"need 0 <= class_drop <= 1 and head_batch >= 1, got {class_drop} and {head_batch}.")
+        self.spec, self.num_classes, self.head_batch, self.class_drop = spec, num_classes, head_batch, class_drop
+        self.class_embed = nn.Embedding(num_classes, width)
+        self.null_class = nn.Parameter(torch.empty(1, width))
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+        nn.init.normal_(self.null_class, std=0.02)
+        self.process = Diffusion.named(noise_schedule, noise_steps)
+
+    def class_vectors(self, condition: Condition) -> Tensor:
+        """Class vectors `[B, width]`; the null class where there are no labels."""
+        if condition.labels is None:
+            return self.null_class.expand(condition.size, -1)
+        return self.class_embed(condition.labels)
+
+    def training_vectors(self, condition: Condition, draws: AnyDraws, name: str) -> Tensor:
+        """Class vectors, some of them dropped."""
+        dropped = draws.uniform(name) < self.class_drop
+        return torch.where(dropped[:, None], self.null_class, self.class_vectors(condition))
+
+    def token_losses(self, head: DiffusionMLP, tokens: Tensor, at: Tensor, condition: Tensor, draws: AnyDraws,
+                     stream: str = "") -> tuple[Tensor, Tensor]:
+        """Squared error and variational bound, each `[head_batch, B, n]`, of tokens `[B, N, C]` at positions `[B, n]`.
+
+        Args:
+            condition: `[B, n, D]`.
+            stream: what the names of the draws begin with.
+        """
+        size, repeats = (tokens.shape[-1],), range(self.head_batch)
+        index = torch.stack([draws.integers(f"{stream}t", len(self.process), at=at, repeat=k) for k in repeats])
+        noise = torch.stack([draws.normal(f"{stream}noise", size, at=at, repeat=k) for k in repeats])
+        return hybrid_loss(self.process, lambda noised, times: head(noised, times, condition),
+                           take_rows(tokens, at).expand_as(noise), index, noise)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """As officially: neither heads nor biases and other vectors; tables and mask tokens decay."""
+        return parameter.ndim >= 2 and "head." not in name
+
+    def common_rules(self) -> list[Rule]:
+        """Key map rules of what is not a head."""
+        names = {
+            "fake_latent": "null_class",
+            "class_emb.weight": "class_embed.weight",
+            "z_proj.{p}": "backbone.token_embed.{p}",
+            "z_proj_ln.{p}": "backbone.token_norm.{p}",
+            "encoder_pos_embed_learned": "backbone.encoder_positions",
+            "encoder_blocks.{rest*}": "backbone.encoder_blocks.{rest*}",
+            "encoder_norm.{p}": "backbone.encoder_norm.{p}",
+            "decoder_embed.{p}": "backbone.decoder_embed.{p}",
+            "mask_token": "backbone.mask_token",
+            "decoder_pos_embed_learned": "backbone.decoder_positions",
+            "decoder_blocks.{rest*}": "backbone.decoder_blocks.{rest*}",
+            "decoder_norm.{p}": "backbone.decoder_norm.{p}",
+            "diffusion_pos_embed_learned": "backbone.output_positions",
+        }
+        return [Rename(official, ours) for official, ours in names.items()]
+
+
+def weighted_mean(per_sample: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of losses `[B]`, weighted by `[B]` where weights are given."""
+    return per_sample.mean() if weights is None else (per_sample * weights).sum() / weights.sum()
+
+
+class MAR(MaskedDiffusion):
     """A masked autoencoder transformer with a diffusion head.
 
     Args:
@@ -57,33 +143,18 @@ class MAR(Generator):
                  buffer_size: int, norm_eps: float, head_width: int, head_depth: int, noise_schedule: str,
                  noise_steps: int, head_batch: int, mask_ratio_min: float, class_drop: float,
                  attention_dropout: float, projection_dropout: float) -> None:
-        super().__init__()
-        if spec.kind != "continuous":
-            raise ValueError(f"MAR models continuous tokens, got a spec of {spec}. Choose a tokenizer without a "
-                             "codebook, such as kl16.")
-        if not 0 < mask_ratio_min < 1 or not 0 <= class_drop <= 1 or head_batch < 1:
-            raise ValueError(f"need 0 < mask_ratio_min < 1, 0 <= class_drop <= 1 and head_batch >= 1, got "
-                             f"{mask_ratio_min}, {class_drop} and {head_batch}.")
-        self.spec, self.num_classes = spec, num_classes
-        self.head_batch, self.mask_ratio_min, self.class_drop = head_batch, mask_ratio_min, class_drop
-        self.class_embed = nn.Embedding(num_classes, encoder_width)
-        self.null_class = nn.Parameter(torch.empty(1, encoder_width))
-        nn.init.normal_(self.class_embed.weight, std=0.02)
-        nn.init.normal_(self.null_class, std=0.02)
+        super().__init__(spec=spec, num_classes=num_classes, width=encoder_width, noise_schedule=noise_schedule,
+                         noise_steps=noise_steps, head_batch=head_batch, class_drop=class_drop)
+        if not 0 < mask_ratio_min < 1:
+            raise ValueError(f"need 0 < mask_ratio_min < 1, got {mask_ratio_min}.")
+        self.mask_rate = TruncatedNormalRate(low=mask_ratio_min)
         self.backbone = MaskedViT(
             length=spec.length, channels=spec.size, encoder_width=encoder_width, encoder_depth=encoder_depth,
             encoder_heads=encoder_heads, decoder_width=decoder_width, decoder_depth=decoder_depth,
             decoder_heads=decoder_heads, mlp_ratio=mlp_ratio, buffer_size=buffer_size, norm_eps=norm_eps,
             attention_dropout=attention_dropout, projection_dropout=projection_dropout)
-        self.process = Diffusion.named(noise_schedule, noise_steps)
         self.head = DiffusionMLP(channels=spec.size, out_channels=2 * spec.size, condition_width=decoder_width,
                                  width=head_width, depth=head_depth)
-
-    def class_vectors(self, condition: Condition) -> Tensor:
-        """Class vectors `[B, encoder_width]`; the null class where there are no labels."""
-        if condition.labels is None:
-            return self.null_class.expand(condition.size, -1)
-        return self.class_embed(condition.labels)
 
     def loss(self, batch: Batch, draws: AnyDraws, progress: float) -> Losses:
         """Diffusion loss at the masked positions.
@@ -91,59 +162,25 @@ class MAR(Generator):
         The share of masked tokens is one draw for the batch (truncated normal around 1), the rest is drawn per sample.
         """
         self.check_condition(batch.condition)
-        count = self.spec.length
-        rate = draws.shared.truncated_normal("mask_rate", mean=1.0, std=0.25, low=self.mask_ratio_min, high=1.0)
-        masked_count = math.ceil(count * rate.item())
-        order = draws.permutation("order", count)
-        masked, visible = (part.sort(dim=1).values for part in order.tensor_split([masked_count], dim=1))
-        dropped = draws.uniform("drop_label") < self.class_drop
-        vectors = torch.where(dropped[:, None], self.null_class, self.class_vectors(batch.condition))
+        order = draws.permutation("order", self.spec.length)
+        masked, visible = split_order(order, self.mask_rate(draws, "mask_rate"))
+        vectors = self.training_vectors(batch.condition, draws, "drop_label")
         condition = self.backbone(batch.tokens, visible, vectors, masked)
-
-        repeats = range(self.head_batch)
-        index = torch.stack([draws.integers("t", len(self.process), at=masked, repeat=k) for k in repeats])
-        noise = torch.stack([draws.normal("noise", (self.spec.size,), at=masked, repeat=k) for k in repeats])
-        clean = take_rows(batch.tokens, masked).expand_as(noise)
-        squared_error, bound = hybrid_loss(
-            self.process, lambda noised, times: self.head(noised, times, condition), clean, index, noise)
-        per_sample = (squared_error + bound).mean(dim=(0, 2))
-        weights = torch.ones_like(per_sample) if batch.weights is None else batch.weights
-        return Losses(total=(per_sample * weights).sum() / weights.sum(),
+        squared_error, bound = self.token_losses(self.head, batch.tokens, masked, condition, draws)
+        return Losses(total=weighted_mean((squared_error + bound).mean(dim=(0, 2)), batch.weights),
                       parts={"epsilon": squared_error.detach().mean(), "variational": bound.detach().mean()})
 
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> MARDecoding:
         self.check_condition(condition)
-        if not isinstance(plan, MaskPlan):
-            raise ValueError(f"MAR leaves the number of steps open: give plan=MaskPlan(steps=...), between 1 and "
-                             f"{self.spec.length} of them, got {plan!r}.")
+        plan = require_plan(plan, "MAR", self.spec.length)
         guidance = of_phase(guidance)
         steps = list(masked_steps(plan, draws.permutation("order", self.spec.length)))
         needs_null_branch(guidance, steps)  # refuses what does not guide
         return MARDecoding(self, self.class_vectors(condition), steps, guidance)
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """As officially: neither the head nor biases and other vectors; tables and the mask token decay."""
-        return parameter.ndim >= 2 and not name.startswith("head.")
-
     def key_maps(self) -> dict[str, KeyMap]:
-        names = {
-            "fake_latent": "null_class",
-            "class_emb.weight": "class_embed.weight",
-            "z_proj.{p}": "backbone.token_embed.{p}",
-            "z_proj_ln.{p}": "backbone.token_norm.{p}",
-            "encoder_pos_embed_learned": "backbone.encoder_positions",
-            "encoder_blocks.{rest*}": "backbone.encoder_blocks.{rest*}",
-            "encoder_norm.{p}": "backbone.encoder_norm.{p}",
-            "decoder_embed.{p}": "backbone.decoder_embed.{p}",
-            "mask_token": "backbone.mask_token",
-            "decoder_pos_embed_learned": "backbone.decoder_positions",
-            "decoder_blocks.{rest*}": "backbone.decoder_blocks.{rest*}",
-            "decoder_norm.{p}": "backbone.decoder_norm.{p}",
-            "diffusion_pos_embed_learned": "backbone.output_positions",
-        }
-        rules = [Rename(official, ours) for official, ours in names.items()]
-        return {"mar": KeyMap([*rules, *diffusion_mlp_rules("diffloss.net.", "head.")])}
+        return {"mar": KeyMap([*self.common_rules(), *diffusion_mlp_rules("diffloss.net.", "head.")])}
 
 
 class MARDecoding(Decoding):
@@ -171,7 +208,7 @@ class MARDecoding(Decoding):
         if scale != 1:  # the two branches as one doubled batch
             vectors = torch.cat([vectors, self.generator.null_class.expand_as(vectors)])
         branches = len(vectors) // len(self.vectors)
-        visible = _positions(self._known.scatter(1, step.positions, False))
+        visible = known_positions(self._known.scatter(1, step.positions, False))
         rows = self.generator.backbone(self.tokens.repeat(branches, 1, 1), visible.repeat(branches, 1), vectors,
                                        step.positions.repeat(branches, 1))
         return DiffusionPrediction(condition=rows.unflatten(0, (branches, -1)), scale=scale, positions=step.positions,
@@ -180,11 +217,3 @@ class MARDecoding(Decoding):
     def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:
         self.tokens = put_rows(self.tokens, step.positions, tokens.to(self.tokens.dtype))
         self._known = self._known.scatter(1, step.positions, True)
-
-
-def _positions(known: Tensor) -> Tensor:
-    """Ascending positions `[B, V]` where `known` `[B, N]` holds, as many for every sample."""
-    counts = known.sum(dim=1)
-    if (counts != counts[0]).any():
-        raise ValueError(f"samples of a batch must have equally many known tokens, got {counts.tolist()}.")
-    return known.nonzero()[:, 1].view(len(known), -1)

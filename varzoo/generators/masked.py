@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from varzoo.core.draws import AnyDraws
 from varzoo.core.steps import Step
 
 
@@ -39,6 +40,53 @@ class MaskPlan:
     def left(self, index: int, masked: int, total: int) -> int:
         """MAR's `mask_len` of a step that starts with `masked` tokens: at least one is drawn, at least one left."""
         return max(1, min(masked - 1, math.floor(total * self.law(index + 1, self.steps))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedNormalRate:
+    """Share of tokens that a training step masks: normal around 1, restricted to [low, 1] (arXiv 2406.11838, 4)."""
+
+    low: float
+    std: float = 0.25
+
+    def __call__(self, draws: AnyDraws, name: str) -> float:
+        return draws.shared.truncated_normal(name, mean=1.0, std=self.std, low=self.low, high=1.0).item()
+
+
+@dataclass(frozen=True)
+class CosineRate:
+    """Share of tokens that a training step masks: cos(pi/2 u) for a uniform u."""
+
+    def __call__(self, draws: AnyDraws, name: str) -> float:
+        return math.cos(math.pi / 2 * draws.shared.uniform(name).item())
+
+
+MaskRate = TruncatedNormalRate | CosineRate
+
+
+def split_order(order: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """The masked positions (the first of `order` `[B, n]`, a share `rate` of them, rounded up) and the visible ones.
+
+    Both ascend.
+    """
+    masked, visible = order.tensor_split([math.ceil(order.shape[1] * rate)], dim=1)
+    return masked.sort(dim=1).values, visible.sort(dim=1).values
+
+
+def known_positions(known: Tensor) -> Tensor:
+    """Ascending positions `[B, V]` where `known` `[B, N]` holds, as many for every sample."""
+    counts = known.sum(dim=1)
+    if (counts != counts[0]).any():
+        raise ValueError(f"samples of a batch must have equally many known tokens, got {counts.tolist()}.")
+    return known.nonzero()[:, 1].view(len(known), -1)
+
+
+def require_plan(plan: object, system: str, length: int) -> MaskPlan:
+    """The plan, if it is one. Raises ValueError saying how to give one."""
+    if not isinstance(plan, MaskPlan):
+        raise ValueError(f"{system} leaves the number of steps open: give plan=MaskPlan(steps=...), between 1 and "
+                         f"{length} of them, got {plan!r}.")
+    return plan
 
 
 def masked_steps(plan: MaskPlan, order: Tensor, *, phase: str = "main") -> Iterator[Step]:

@@ -110,6 +110,8 @@ class Diffusion:
         # The first posterior variance is 0: its logarithm is taken from the next step (from beta if there is none).
         clipped = np.append(self.posterior_variance[1:2] if len(betas) > 1 else betas, self.posterior_variance[1:])
         self.posterior_log_variance_clipped = np.log(clipped)
+        # "Fixed large": what is used where no variance is learned, beta but for the first step.
+        self.fixed_log_variance = np.log(np.append(clipped[0], betas[1:]))
         self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_previous) / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = noise_share * np.sqrt(1 - betas)
         self._respaced: dict[tuple[int, ...], Diffusion] = {}
@@ -162,6 +164,20 @@ def _at(table: np.ndarray, index: Tensor | int, like: Tensor) -> Tensor | float:
     return torch.as_tensor(table, dtype=like.dtype, device=like.device)[index][..., None]
 
 
+def _noised_output(process: Diffusion, network: Callable[[Tensor, Tensor], Tensor], clean: Tensor, index: Tensor,
+                   noise: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t and what the network says to it."""
+    noised = process.noised(clean, index, noise)
+    times = torch.as_tensor(process.timesteps, device=index.device)[index]
+    return noised, network(noised, times).to(clean.dtype)
+
+
+def epsilon_loss(process: Diffusion, network: Callable[[Tensor, Tensor], Tensor], clean: Tensor, index: Tensor,
+                 noise: Tensor) -> Tensor:
+    """The squared error of epsilon (arXiv 2006.11239, eq. 14) `[...]`, a mean over channels; see `hybrid_loss`."""
+    return (noise - _noised_output(process, network, clean, index, noise)[1]).square().mean(dim=-1)
+
+
 def hybrid_loss(process: Diffusion, network: Callable[[Tensor, Tensor], Tensor], clean: Tensor, index: Tensor,
                 noise: Tensor) -> tuple[Tensor, Tensor]:
     """The two terms of improved DDPM's loss (arXiv 2102.09672, 3.1) for epsilon and learned-range variance.
@@ -176,9 +192,8 @@ def hybrid_loss(process: Diffusion, network: Callable[[Tensor, Tensor], Tensor],
         channels. The bound trains the variance alone (epsilon is detached in it) and is not rescaled. Its likelihood
         at the first step is the one of 8-bit pixels in [-1, 1] whatever the data is, as in every official user of it.
     """
-    noised = process.noised(clean, index, noise)
-    times = torch.as_tensor(process.timesteps, device=index.device)[index]
-    epsilon, v = network(noised, times).to(clean.dtype).chunk(2, dim=-1)
+    noised, output = _noised_output(process, network, clean, index, noise)
+    epsilon, v = output.chunk(2, dim=-1)
     squared_error = (noise - epsilon).square().mean(dim=-1)
 
     mean = process.posterior_mean(process.predict_clean(noised, index, epsilon.detach()), noised, index)

@@ -2,11 +2,12 @@
 
 A solver chooses the times, so it asks for the network with them (`network_at(times)`), which lets a head compute what
 depends on time alone before the loop. What it gets is `estimate(x, k) -> (epsilon, v)`, guidance applied, for the k-th
-evaluation; k = 0 is the noisiest one.
+evaluation; k = 0 is the noisiest one, and v is None where the network learned no variance.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from varzoo.nn.diffusion import Diffusion, spaced_timesteps
 
-Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+Estimate = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 NetworkAt = Callable[[Tensor], Estimate]
 Noise = Callable[[int], Tensor]
 
@@ -29,6 +30,23 @@ class Solved:
 
     sample: Tensor
     evaluations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Tokens of a map that are given: before every step they take the place of what was sampled there.
+
+    Args:
+        mask: `[..., 1]`, True where the token is given.
+        values: `[..., C]`, read there alone.
+    """
+
+    mask: Tensor
+    values: Tensor
+
+    def imposed(self, sample: Tensor, alpha: float, sigma: float, noise: Tensor) -> Tensor:
+        """The sample with the given tokens at a noise level, alpha times the token plus sigma times the noise."""
+        return torch.where(self.mask, alpha * self.values + sigma * noise, sample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +82,7 @@ class Solver(ABC):
 
     @abstractmethod
     def solve(self, network_at: NetworkAt, process: Diffusion, initial: Tensor, noise: Noise, *, steps: int | str,
-              temperature: float) -> Solved:
+              temperature: float, known: Known | None = None) -> Solved:
         """Run from noise to a sample.
 
         Args:
@@ -74,26 +92,31 @@ class Solver(ABC):
             noise: k -> the standard normal noise `[..., C]` of the k-th step.
             steps: how many, or a respacing string (see `spaced_timesteps`).
             temperature: scale of the noise that steps add; 0 draws none.
+            known: tokens that are given. They get the initial noise at every step, and are not restored after the last.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class DDPM(Solver):
-    """Ancestral sampling (arXiv 2006.11239) with learned-range variance (arXiv 2102.09672), x_0 not clipped.
+    """Ancestral sampling (arXiv 2006.11239), x_0 not clipped.
 
-    The temperature scales the step noises only, as in MAR; the last step adds none.
+    The variance is the network's, of learned range (arXiv 2102.09672), or the process's fixed one where none was
+    learned. The temperature scales the step noises only, as in MAR; the last step adds none.
     """
 
     def solve(self, network_at: NetworkAt, process: Diffusion, initial: Tensor, noise: Noise, *, steps: int | str,
-              temperature: float) -> Solved:
+              temperature: float, known: Known | None = None) -> Solved:
         process = self.respaced(process, steps)
         estimate, sample = network_at(_descending(process, initial)), initial
         for k, index in enumerate(reversed(range(len(process)))):
+            sample = _imposed(sample, known, process, index, initial)
             epsilon, v = estimate(sample, k)
             mean = process.posterior_mean(process.predict_clean(sample, index, epsilon), sample, index)
             sample = mean
             if index > 0 and temperature > 0:
-                sample = mean + temperature * torch.exp(process.learned_log_variance(v, index) / 2) * noise(k)
+                deviation = (math.exp(process.fixed_log_variance[index] / 2) if v is None
+                             else torch.exp(process.learned_log_variance(v, index) / 2))
+                sample = mean + temperature * deviation * noise(k)
         return Solved(sample=sample, evaluations=len(process))
 
 
@@ -102,11 +125,12 @@ class DDIM(Solver):
     """Deterministic sampling (arXiv 2010.02502, eta = 0); the network's variance is not used."""
 
     def solve(self, network_at: NetworkAt, process: Diffusion, initial: Tensor, noise: Noise, *, steps: int | str,
-              temperature: float) -> Solved:
+              temperature: float, known: Known | None = None) -> Solved:
         self.refuse_temperature(temperature)
         process = self.respaced(process, steps)
         estimate, sample = network_at(_descending(process, initial)), initial
         for k, index in enumerate(reversed(range(len(process)))):
+            sample = _imposed(sample, known, process, index, initial)
             epsilon, _ = estimate(sample, k)
             previous = float(process.alphas_cumprod_previous[index])
             sample = previous**0.5 * process.predict_clean(sample, index, epsilon) + (1 - previous) ** 0.5 * epsilon
@@ -143,17 +167,26 @@ class DPM(Solver):
         return times, np.interp(times, first * np.arange(1, kept + 1) / kept, log_alphas)
 
     def solve(self, network_at: NetworkAt, process: Diffusion, initial: Tensor, noise: Noise, *, steps: int | str,
-              temperature: float) -> Solved:
+              temperature: float, known: Known | None = None) -> Solved:
         self.refuse_temperature(temperature)
         times, log_alphas = self.times(process, steps)
         alphas, sigmas = np.exp(log_alphas), np.sqrt(-np.expm1(2 * log_alphas))
         network_times = torch.as_tensor(times[:-1] * len(process), device=initial.device)
         estimate, sample = network_at(network_times), initial
         for k in range(steps):
+            sample = sample if known is None else known.imposed(sample, float(alphas[k]), float(sigmas[k]), initial)
             epsilon, _ = estimate(sample, k)
             clean = (sample - float(sigmas[k]) * epsilon) / float(alphas[k])
             sample = float(alphas[k + 1]) * clean + float(sigmas[k + 1]) * epsilon
         return Solved(sample=sample, evaluations=steps)
+
+
+def _imposed(sample: Tensor, known: Known | None, process: Diffusion, index: int, noise: Tensor) -> Tensor:
+    """The sample at a step of the process, with what is given, if anything, in its place."""
+    if known is None:
+        return sample
+    alpha, sigma = process.sqrt_alphas_cumprod[index], process.sqrt_one_minus_alphas_cumprod[index]
+    return known.imposed(sample, float(alpha), float(sigma), noise)
 
 
 def _descending(process: Diffusion, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from varzoo.core.draws import AnyDraws
-from varzoo.core.steps import at_step
+from varzoo.core.steps import at_step, options_of_phase, setting_of_phase
 from varzoo.generators.base import Condition, Generator
 from varzoo.samplers.base import Callback, Counts, GuidanceSetting, Progress, Sampled, Sampler, check_options
 
@@ -19,9 +19,9 @@ class Autoregressive(Sampler):
 
     Args:
         guidance: scale of classifier-free guidance per step (one schedule, or one per phase), None for none.
-        plan: number of steps and mask law, for generators that leave them open.
-        draw: options of the predictions' `draw` (temperature, top_k, top_p; solver, steps); a Schedule is evaluated
-            at every step.
+        plan: number of steps and mask law (one plan, or one per phase), for generators that leave them open.
+        draw: options of the predictions' `draw` (temperature, top_k, top_p; solver, steps), for all phases alike or a
+            mapping of options by phase; a Schedule is evaluated at every step.
     """
 
     def __init__(self, *, guidance: GuidanceSetting = None, plan: Any = None,
@@ -30,17 +30,22 @@ class Autoregressive(Sampler):
 
     def check(self, generator: Generator) -> None:
         super().check(generator)
+        for setting in (self.guidance, self.plan):
+            for phase in generator.predicts:
+                setting_of_phase(setting, phase, generator.predicts)
         check_options(self.draw, generator)
 
     @torch.no_grad()
     def sample(self, generator: Generator, condition: Condition, draws: AnyDraws,
                callback: Callback | None = None) -> Sampled:
         self.check(generator)
+        options = {phase: options_of_phase(self.draw, phase, generator.predicts) for phase in generator.predicts}
         start, steps, backbone_evaluations, head_evaluations = time.perf_counter(), 0, 0, 0
         decoding = generator.begin(condition, draws=draws, guidance=self.guidance, plan=self.plan)
         for step in decoding.steps:
             prediction = decoding.predict(step)
-            drawn = prediction.draw(draws, **{name: at_step(value, step) for name, value in self.draw.items()})
+            at = {name: at_step(value, step) for name, value in options[step.phase].items()}
+            drawn = prediction.draw(draws, **at)
             decoding.commit(step, drawn.tokens, prediction.carry)
             steps, head_evaluations = steps + 1, head_evaluations + drawn.evaluations
             backbone_evaluations += prediction.backbone_evaluations

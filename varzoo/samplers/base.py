@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from varzoo.core.draws import AnyDraws
-from varzoo.core.steps import Schedule, Step
+from varzoo.core.steps import Schedule, Step, options_of_phase
 from varzoo.generators.base import Condition, Decoding, Generator
 
 
@@ -68,9 +68,9 @@ class Sampler(ABC):
 
 
 def check_options(options: Mapping[str, Any], generator: Generator) -> None:
-    """Raise ValueError unless every option is one that the generator's predictions take."""
+    """Raise ValueError unless every option, given once or per phase, is one that the generator's predictions take."""
     for phase, prediction in generator.predicts.items():
-        for name in options:
+        for name in options_of_phase(options, phase, generator.predicts):
             if name not in prediction.options:
                 raise ValueError(
                     f"draw option {name!r} does not fit: {type(generator).__name__} predicts {prediction.__name__} "
