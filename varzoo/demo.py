@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig
 
 from varzoo.core.checkpoint import atomic_path
-from varzoo.core.steps import Schedule
+from varzoo.core.steps import with_scale
 from varzoo.eval.features import ClassifierFeatures
 from varzoo.eval.protocol import append_row, result_row
 from varzoo.eval.score import Samples, Scores, dataset_samples, make_protocol, reference_statistics, score
@@ -96,8 +96,8 @@ class Judge:
 def guided(model: Model, scale: float) -> Model:
     """The model with another guidance scale, its schedule kept."""
     sampler = model.sampler
-    schedule: Schedule = replace(sampler.guidance, scale=scale)
-    return replace(model, sampler=type(sampler)(guidance=schedule, plan=sampler.plan, draw=sampler.draw))
+    guidance = with_scale(sampler.guidance, scale)
+    return replace(model, sampler=type(sampler)(guidance=guidance, plan=sampler.plan, draw=sampler.draw))
 
 
 def report(folder: Path, table: dict[str, Scores], metric: str) -> None:

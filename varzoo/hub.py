@@ -85,6 +85,10 @@ PUBLISHED = {
     **{f"flowar_{size}": Published(
         config=f"flowar_{size}", repo="OliverRen/FlowAR", file=f"FlowAR-{size.upper()}.pth", layout="flowar",
         licence="not stated", tokenizer="kl16") for size in "slh"},
+    **{f"himar_{size}": Published(
+        config=f"himar_{size}", repo="HiDream-ai/Hi-MAR", file=f"Hi-MAR-{size.upper()}/checkpoint-last.pth",
+        layout="himar", licence="not stated", tokenizer="kl16",
+        note="the averaged weights under model_ema are used") for size in "blh"},
 }
 
 

@@ -38,7 +38,9 @@ def sample(config: DictConfig) -> Path:
     if config.precision not in PRECISIONS:
         raise unknown("precision", config.precision, PRECISIONS)
     if config.guidance is not None:
-        config.sampler.guidance.scale = config.guidance
+        guidance = config.sampler.guidance  # one schedule, or one per phase
+        for schedule in [guidance] if "_target_" in guidance else guidance.values():
+            schedule.scale = config.guidance
     model = from_config(config, config.checkpoint, config.tokenizer_checkpoint)
     model = place(model, config.device, PRECISIONS[config.precision])
     request = make_request(config, model)

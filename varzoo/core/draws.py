@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -112,21 +113,25 @@ class Draws:
         uniform = self.uniform(name, size, at=at, dtype=torch.float64, **keys)
         return (mean + std * normal.icdf(below + (above - below) * uniform)).clamp(low, high)
 
+    @cached_property
+    def _sample_words(self) -> tuple[Tensor, Tensor]:
+        """Both halves of the sample indices `[B]`, moved to the device once: a solver draws in every step."""
+        sample = torch.tensor(self.samples, dtype=torch.int64, device=self.device)
+        return sample & _MASK, (sample >> 32) & _MASK
+
     def _words(self, name: str, size: tuple[int, ...], at: Tensor | None, keys: dict[str, int],
                words: int) -> list[Tensor]:
         """The first `words` random 32-bit words of every draw, each `[B, (n,) *size]` int64."""
         label = repr((int(self.seed), name, *self.keys, *sorted(keys.items())))
         digest = hashlib.blake2b(label.encode(), digest_size=8).digest()
         key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
-        sample = torch.tensor(self.samples, dtype=torch.int64, device=self.device)
+        low, high = self._sample_words
         position = torch.zeros(len(self), 1, dtype=torch.int64, device=self.device) if at is None else at
         position = position.to(self.device) + (0 if at is None else 1)  # 0 is kept for draws without a position
         if position.shape[0] != len(self):
             raise ValueError(f"positions {tuple(position.shape)} do not fit draws of {len(self)} samples.")
         count = math.prod(size)
         element = torch.arange(count, dtype=torch.int64, device=self.device)
-        low = sample & _MASK
-        high = (sample >> 32) & _MASK
         counter = torch.broadcast_tensors(
             element, position[..., None], low[:, None, None], high[:, None, None])
         shape = (len(self), *size) if at is None else (len(self), at.shape[1], *size)

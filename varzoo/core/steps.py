@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -219,6 +219,13 @@ def options_of_phase(options: Mapping[str, Any], phase: str = "main",
     """
     per_phase = any(isinstance(value, Mapping) for value in options.values())
     return setting_of_phase(options, phase, phases) if per_phase else options
+
+
+def with_scale(guidance: Schedule | Mapping[str, Schedule], scale: float) -> Schedule | dict[str, Schedule]:
+    """The same law of guidance towards another scale, in every phase."""
+    if isinstance(guidance, Mapping):
+        return {phase: replace(schedule, scale=scale) for phase, schedule in guidance.items()}
+    return replace(guidance, scale=scale)
 
 
 def needs_null_branch(guidance: Schedule | None, steps: Iterable[Step]) -> bool:

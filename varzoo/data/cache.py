@@ -4,6 +4,7 @@ A cache is a folder:
 
     manifest.json     what it holds: tokenizer (name, hash of its weights), TokenSpec, data set, views, dtype, shape
     compressed.npy    `[images, views, *shape]`: ids or posterior moments, as `Tokenizer.compress` gives them
+    copy_NAME.npy     the same of a copy of every view at another size, where copies are asked for
     labels.npy        `[images]` int64
 
 It grows in a folder called NAME.partial, in blocks of fixed images whatever the number of processes, so that one and
@@ -18,13 +19,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -44,8 +46,8 @@ REBUILD = "delete the folder and build the cache again."
 
 
 def build_cache(folder: str | Path, *, tokenizer: Tokenizer, dataset: LabelledImages, batch_size: int = 64,
-                num_workers: int = 0, rank: int = 0, world_size: int = 1, rebuild: bool = False,
-                progress: bool = True) -> Path:
+                copies: Mapping[str, Sequence[int]] | None = None, num_workers: int = 0, rank: int = 0,
+                world_size: int = 1, rebuild: bool = False, progress: bool = True) -> Path:
     """Write every view of every image of `dataset`, compressed by `tokenizer`, into `folder`, or go on doing so.
 
     With several processes, each calls this with its rank and writes its share; the cache is complete once all have
@@ -56,6 +58,8 @@ def build_cache(folder: str | Path, *, tokenizer: Tokenizer, dataset: LabelledIm
         tokenizer: on the device where it is to run; it is put into eval mode.
         dataset: its views are written; its transform must be one whose views can be listed.
         batch_size: images per block, and per call of the tokenizer. An interrupted build must go on with the same.
+        copies: (height, width) of copies of every view by name, which are written beside it: resized bicubically
+            without antialiasing (as Hi-MAR's pivots, arXiv 2505.20288), then compressed by the tokenizer at that size.
         num_workers: processes that decode images.
         rank: this process among `world_size`.
         world_size: how many processes build.
@@ -63,14 +67,18 @@ def build_cache(folder: str | Path, *, tokenizer: Tokenizer, dataset: LabelledIm
         progress: show a progress bar on rank 0.
 
     Raises:
-        ValueError: the folder, or its unfinished twin, is another tokenizer's or another data set's.
+        ValueError: the folder, or its unfinished twin, is another tokenizer's or another data set's, or lacks copies;
+            or the tokenizer takes no images of a copy's size.
     """
     if rebuild and world_size > 1:
         raise ValueError("rebuild=true deletes what other processes may be writing; delete the folder before starting.")
     folder = Path(folder)
     partial = _partial(folder)
     tokenizer.eval()
-    manifest = _describe(tokenizer, dataset)
+    manifest, copies = _describe(tokenizer, dataset), {name: list(size) for name, size in (copies or {}).items()}
+    if copies:
+        manifest["copies"] = copies
+    encoders = {COMPRESSED: tokenizer, **{_copy(name): tokenizer.at_size(size) for name, size in copies.items()}}
     if folder.exists() and _agrees(folder, manifest, rebuild):
         return folder
     manifest["block"] = batch_size
@@ -85,9 +93,9 @@ def build_cache(folder: str | Path, *, tokenizer: Tokenizer, dataset: LabelledIm
     writer = None
     bar = tqdm(zip(todo, loader), total=len(todo), desc=f"caching {dataset.name}", disable=not progress or rank > 0)
     for number, images in bar:
-        compressed = _compress(tokenizer, images)
-        writer = writer or _Writer(partial, manifest, compressed, dataset, rank)
-        writer.write(number, blocks[number], compressed)
+        arrays = {name: _compress(encoder, images) for name, encoder in encoders.items()}
+        writer = writer or _Writer(partial, manifest, arrays, dataset, rank)
+        writer.write(number, blocks[number], arrays)
     if len(_finished(partial)) == len(blocks):
         _complete(partial, folder)
     return folder
@@ -97,7 +105,8 @@ class CachedTokens(Dataset):
     """A finished cache as a data set of `dict(compressed, label, index)`, memory-mapped.
 
     `compressed` is what `Tokenizer.tokens` takes: int64 ids or float32 moments. The view is drawn by (seed, index,
-    iteration) exactly as the data set itself would draw it, so training with and without the cache sees the same.
+    iteration) exactly as the data set itself would draw it, so training with and without the cache sees the same. Where
+    the cache has copies, `copies` holds the same view's by name.
 
     Args:
         folder: a cache that `build_cache` has completed.
@@ -121,7 +130,10 @@ class CachedTokens(Dataset):
         self.seed = seed
         self.class_names = tuple(self.manifest["class_names"])
         count, views = self.manifest["dataset"]["count"], self.manifest["views"]
-        self._compressed = _mapped(folder / COMPRESSED, (count, views, *self.manifest["shape"]), self.manifest["dtype"])
+        dtype = self.manifest["dtype"]
+        self._compressed = _mapped(folder / COMPRESSED, (count, views, *self.manifest["shape"]), dtype)
+        self._copies = {name: _mapped(folder / _copy(name), (count, views, *shape), dtype)
+                        for name, shape in self.manifest.get("copy_shapes", {}).items()}
         self.labels = torch.from_numpy(np.array(_mapped(folder / LABELS, (count,), "int64")))
 
     @property
@@ -144,9 +156,13 @@ class CachedTokens(Dataset):
         if not 0 <= index < len(self):
             raise IndexError(f"the cache has {len(self)} images; there is no image {index}.")
         view = draw_view(self.views, Draws(self.seed, (index,)).keyed(iteration=iteration))
-        values = self._compressed[index, view]
-        compressed = torch.from_numpy(values.astype(np.int64 if values.dtype.kind == "u" else np.float32))
-        return {"compressed": compressed, "label": self.labels[index], "index": torch.tensor(index)}
+
+        def read(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array[index, view].astype(np.int64 if array.dtype.kind == "u" else np.float32))
+
+        copies = {name: read(array) for name, array in self._copies.items()}
+        item = {"compressed": read(self._compressed), "label": self.labels[index], "index": torch.tensor(index)}
+        return {**item, "copies": copies} if copies else item
 
 
 class _AllViews(Dataset):
@@ -165,20 +181,25 @@ class _AllViews(Dataset):
 class _Writer:
     """The arrays of an unfinished cache, and this process's log of finished blocks."""
 
-    def __init__(self, partial: Path, manifest: Mapping[str, Any], first: np.ndarray, dataset: LabelledImages,
-                 rank: int) -> None:
-        manifest = {**manifest, "dtype": first.dtype.name, "shape": list(first.shape[2:])}
+    def __init__(self, partial: Path, manifest: Mapping[str, Any], first: Mapping[str, np.ndarray],
+                 dataset: LabelledImages, rank: int) -> None:
+        shapes = {name: list(array.shape[2:]) for name, array in first.items()}
+        manifest = {**manifest, "dtype": first[COMPRESSED].dtype.name, "shape": shapes[COMPRESSED]}
+        if "copies" in manifest:
+            manifest["copy_shapes"] = {name: shapes[_copy(name)] for name in manifest["copies"]}
         create_once(partial / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=2)))
         create_once(partial / LABELS, lambda path: np.save(path, dataset.labels.numpy()))
-        shape = (len(dataset), *first.shape[1:])
-        create_once(partial / COMPRESSED,
-                    lambda path: np.lib.format.open_memmap(path, mode="w+", dtype=first.dtype, shape=shape).flush())
-        self._array = np.lib.format.open_memmap(partial / COMPRESSED, mode="r+")
+        self._arrays = {}
+        for name, array in first.items():
+            settings = {"mode": "w+", "dtype": array.dtype, "shape": (len(dataset), *array.shape[1:])}
+            create_once(partial / name, lambda path, with_=settings: np.lib.format.open_memmap(path, **with_).flush())
+            self._arrays[name] = np.lib.format.open_memmap(partial / name, mode="r+")
         self._log = partial / f"finished-{rank}.log"
 
-    def write(self, number: int, rows: range, compressed: np.ndarray) -> None:
-        self._array[rows.start:rows.stop] = compressed
-        self._array.flush()
+    def write(self, number: int, rows: range, compressed: Mapping[str, np.ndarray]) -> None:
+        for name, array in compressed.items():
+            self._arrays[name][rows.start:rows.stop] = array
+            self._arrays[name].flush()
         with open(self._log, "a") as file:  # only after the data: a block is in the log or will be written again
             file.write(f"\n[{number}]")  # the line begins anew, whatever a killed process left of its last
 
@@ -202,16 +223,30 @@ def _complete(partial: Path, folder: Path) -> None:
 
 
 def _compress(tokenizer: Tokenizer, images: Tensor) -> np.ndarray:
-    """Images `[B, views, 3, H, W]` -> `[B, views, *shape]`, ids in the smallest unsigned type, moments in float32."""
+    """Images `[B, views, 3, H, W]` -> `[B, views, *shape]`, ids in the smallest unsigned type, moments in float32.
+
+    Images of another size than the tokenizer's are resized first.
+    """
     device = next((tensor.device for tensor in tokenizer.state_dict().values()), torch.device("cpu"))
     with torch.no_grad():  # view by view, so that memory does not grow with their number
-        compressed = torch.stack([tokenizer.compress(view.to(device)).cpu() for view in images.unbind(1)], 1)
+        views = [_resized(view.to(device), tuple(tokenizer.image_size)) for view in images.unbind(1)]
+        compressed = torch.stack([tokenizer.compress(view).cpu() for view in views], 1)
     if tokenizer.spec.kind == "continuous":
         return compressed.float().numpy()
     if int(compressed.min()) < 0 or int(compressed.max()) >= tokenizer.spec.size:
         raise ValueError(f"the tokenizer gave ids {int(compressed.min())} .. {int(compressed.max())}, outside its "
                          f"codebook of {tokenizer.spec.size}.")
     return compressed.numpy().astype(np.min_scalar_type(tokenizer.spec.size - 1))
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images `[B, 3, *size]`: bicubic without antialiasing or clamping, as the official cache of Hi-MAR."""
+    return images if images.shape[-2:] == size else F.interpolate(images, size, mode="bicubic", antialias=False)
+
+
+def _copy(name: str) -> str:
+    """The file of the copies of that name."""
+    return f"copy_{name}.npy"
 
 
 def _describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -8,7 +8,7 @@ and ends in what a cache stores (ids, or the moments of a posterior), `tokens` t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,14 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens -> images `[B, 3, H, W]`, nominally in [-1, 1], not clamped."""
+
+    def at_size(self, image_size: int | Sequence[int]) -> Tokenizer:
+        """This tokenizer, with the same weights, for images of another size (one side or (height, width)).
+
+        Raises:
+            ValueError: the weights fit one size alone, or not this one.
+        """
+        raise ValueError(f"{type(self).__name__} takes images of {self.image_size} alone, not of {image_size}.")
 
     def to_uint8(self, images: Tensor) -> Tensor:
         """Decoded images -> uint8 `[B, 3, H, W]` by this tokenizer's rule."""

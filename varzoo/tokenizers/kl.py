@@ -9,8 +9,9 @@ Reproduced fault: the decoder has no attention outside its middle (its authors f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ class KLTokenizer(Tokenizer):
             raise unknown("uint8 rule", uint8_rule, UINT8_RULES)
         if scale == 0:
             raise ValueError("scale must not be 0; take it from latent_statistics, or 0.2325 for MAR's VAE.")
-        self.image_size, grid = image_and_grid(image_size, downsampling(multipliers) * patch_size)
+        self.factor = downsampling(multipliers) * patch_size
+        self.image_size, grid = image_and_grid(image_size, self.factor)
         self.spec = TokenSpec(kind="continuous", shape=grid, size=latent_channels * patch_size**2)
         self.uint8_rule = uint8_rule
         self.patch_size = patch_size
@@ -78,6 +80,12 @@ class KLTokenizer(Tokenizer):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.decoder = build_decoder(width=width, multipliers=multipliers, blocks_per_level=blocks_per_level,
                                      attention_levels=(), in_channels=latent_channels)
+
+    def at_size(self, image_size: int | Sequence[int]) -> KLTokenizer:
+        other = copy.copy(self)  # shallow: every module and parameter is this one's
+        other.image_size, grid = image_and_grid(image_size, self.factor)
+        other.spec = replace(self.spec, shape=grid)
+        return other
 
     def compress(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> moments `[B, N, 2 C p p]`: means, then log variances, of each token."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +60,19 @@ class TokenData(ImageData):
     Args:
         tokenizer: whose tokens.
         cache: folder of the caches, one sub-folder per split.
+        copies: (height, width) of copies of every image at other sizes, by name, whose tokens a batch holds too.
         settings: see ImageData.
     """
 
-    def __init__(self, *, tokenizer: Tokenizer, cache: Path, **settings: Any) -> None:
+    def __init__(self, *, tokenizer: Tokenizer, cache: Path, copies: Mapping[str, Sequence[int]] | None,
+                 **settings: Any) -> None:
         super().__init__(**settings)
-        self.tokenizer, self.cache = tokenizer, cache
+        self.tokenizer, self.cache, self.copies = tokenizer, cache, copies
 
     def prepare_data(self) -> None:
         for split, dataset in (("train", self.train), ("heldout", self.heldout)):
-            build_cache(self.cache / split, tokenizer=self.tokenizer, dataset=dataset, num_workers=self.num_workers)
+            build_cache(self.cache / split, tokenizer=self.tokenizer, dataset=dataset, copies=self.copies,
+                        num_workers=self.num_workers)
 
     def train_set(self) -> Dataset:
         return CachedTokens(folder=self.cache / "train", tokenizer=self.tokenizer, seed=self.seed)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varzoo.core.draws import Draws
 from varzoo.core.losses import Losses
 from varzoo.generators.base import Batch, Condition, Generator
 from varzoo.tokenizers.base import Tokenizer
 from varzoo.training.module import TrainingModule
 
-GIVEN = {"compressed", "label", "index"}  # what every cached batch has; anything else is handed on as extras
+GIVEN = {"compressed", "label", "index", "copies"}  # what cached batches have; anything else is handed on as extras
 
 
 class GeneratorTraining(TrainingModule):
@@ -36,22 +37,26 @@ class GeneratorTraining(TrainingModule):
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer[0]
 
-    def losses(self, batch: Mapping[str, Tensor]) -> Losses:
+    def losses(self, batch: Mapping[str, Any]) -> Losses:
         draws = self.draws(batch["index"])
-        with torch.no_grad():
-            tokens = self.tokenizer.tokens(batch["compressed"], draws if self.posterior else None)
-        extras = {name: value for name, value in batch.items() if name not in GIVEN}
-        return self.model.loss(Batch(tokens=tokens, condition=Condition.classes(batch["label"]), extras=extras),
-                               draws, self.progress)
+        return self.model.loss(self.tokenized(batch, draws if self.posterior else None), draws, self.progress)
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    @torch.no_grad()
+    def tokenized(self, batch: Mapping[str, Any], draws: Draws | None) -> Batch:
+        """A cached batch as tokens, drawn from the posterior if draws are given; copies become extras by name."""
+        extras = {name: value for name, value in batch.items() if name not in GIVEN}
+        for number, (name, compressed) in enumerate(sorted(batch.get("copies", {}).items())):
+            extras[name] = self.tokenizer.tokens(compressed, None if draws is None else draws.keyed(copy=number))
+        return Batch(tokens=self.tokenizer.tokens(batch["compressed"], draws),
+                     condition=Condition.classes(batch["label"]), extras=extras)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         losses = self.compute(batch)
         self.iteration += 1
         return losses.total
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """The loss of the averaged weights on held-out images, with the same draws at every validation."""
         draws = self.draws(batch["index"], iteration=0)
-        tokens = self.tokenizer.tokens(batch["compressed"])
-        batch_ = Batch(tokens=tokens, condition=Condition.classes(batch["label"]))
-        self.log("heldout/loss", self.averaged.loss(batch_, draws, 1.0).total, batch_size=len(tokens), sync_dist=True)
+        loss = self.averaged.loss(self.tokenized(batch, None), draws, 1.0).total
+        self.log("heldout/loss", loss, batch_size=len(batch["index"]), sync_dist=True)

@@ -122,7 +122,7 @@ def generator_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, p
     tokenizer = load_tokenizer(find_tokenizer(config, folder), config.tokenizer)
     require_same_tokens(tokenizer.spec, generator.spec)
     module = GeneratorTraining(generator=generator, tokenizer=tokenizer, posterior=config.posterior, **settings)
-    data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), **images)
+    data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), copies=config.copies, **images)
     pictures = [SampleGrid(every=config.samples_every, folder=folder / "samples", sampler=sampler,
                            class_names=data.train.class_names)]
     return module, data, pictures if config.samples_every else []
