@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varzoo.core.draws import Draws
@@ -20,6 +21,7 @@ from varzoo.core.spec import TokenSpec
 from varzoo.data import CachedTokens, Digits, Example, build_cache
 from varzoo.data.datasets import LabelledImages
 from varzoo.tokenizers.base import Tokenizer
+from varzoo.tokenizers.kl import KLTokenizer
 
 
 class Grey(Tokenizer):
@@ -203,3 +205,47 @@ def test_ids_outside_the_codebook_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="codebook of 300"):
         make(tmp_path / "c", tokenizer=Broken())
+
+
+def small_kl() -> KLTokenizer:
+    return KLTokenizer(image_size=16, width=32, multipliers=[1, 1], blocks_per_level=1, attention_levels=[1],
+                       latent_channels=2, patch_size=1, scale=0.5, shift=0.0, kl_weight=1e-6).eval()
+
+
+def test_a_tokenizer_at_another_size_has_the_same_weights() -> None:
+    tokenizer = small_kl()
+    other = tokenizer.at_size((8, 12))
+    assert other.spec.shape == (4, 6) and other.image_size == (8, 12) and tokenizer.spec.shape == (8, 8)
+    assert all(ours is theirs for ours, theirs in zip(other.parameters(), tokenizer.parameters()))
+    assert other.decode(other.encode(torch.zeros(1, 3, 8, 12))).shape == (1, 3, 8, 12)
+    with pytest.raises(ValueError, match="multiples of the tokenizer's downsampling factor 2; got 9"):
+        tokenizer.at_size(9)
+
+
+def test_copies_are_the_same_view_at_another_size(tmp_path: Path) -> None:
+    tokenizer, dataset = small_kl(), Few(augmentation="flip", seed=5)
+    folder = make(tmp_path / "c", tokenizer=tokenizer, dataset=dataset, copies={"pivots": [8, 8]})
+    cached = CachedTokens(folder=folder, tokenizer=tokenizer, seed=5)
+    for key in (Example(3, 0), Example(3, 1), Example(41, 2)):
+        image = dataset[key]["image"][None]
+        small = F.interpolate(image, (8, 8), mode="bicubic", align_corners=False, antialias=False)
+        item = cached[key]
+        with torch.no_grad():
+            expected = tokenizer.at_size(8).compress(small)[0]
+            assert torch.allclose(item["compressed"], tokenizer.compress(image)[0], atol=1e-5)
+        assert item["copies"]["pivots"].shape == (16, 4)
+        assert torch.allclose(item["copies"]["pivots"], expected, atol=1e-5)
+    assert make(folder, tokenizer=tokenizer, dataset=dataset) == folder  # who asks for no copies may have some
+    with pytest.raises(ValueError, match=r"another cache: copies is \{'pivots': \[8, 8\]\}, expected"):
+        make(folder, tokenizer=tokenizer, dataset=dataset, copies={"pivots": [4, 4]})
+
+
+def test_copies_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
+    plain = make(tmp_path / "plain")
+    assert "copies" not in CachedTokens(folder=plain, tokenizer=Grey())[0]
+    with pytest.raises(ValueError, match=r"Grey takes images of \(16, 16\) alone, not of \[8, 8\]"):
+        make(plain, copies={"pivots": [8, 8]})
+    tokenizer = small_kl()
+    folder = make(tmp_path / "without", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="another cache: copies is None, expected"):
+        make(folder, tokenizer=tokenizer, copies={"pivots": [8, 8]})

@@ -224,6 +224,13 @@ def test_disa_anneals_each_phase(model: HiMAR) -> None:
     assert counts.head_evaluations == (12 + 8 + 4) + (9 + 3) and counts.steps == 5
 
 
+def test_disa_by_config() -> None:
+    anneal = "{_target_:varzoo.core.steps.Anneal,upper:50,lower:5}"
+    config = compose_config("sample", ["model=himar_b", "checkpoint=none", f"sampler.draw.pivot.steps={anneal}"])
+    sampler = build_config(config.sampler)
+    assert sampler.draw["pivot"]["steps"] == Anneal(50, 5) and sampler.draw["dense"]["steps"] == 250
+
+
 def test_one_setting_serves_both_phases(model: HiMAR) -> None:
     once = sample(model, labels(1), Draws(0, (0,)), guidance=Constant(2.0), plan=MaskPlan(steps=3),
                   draw={"steps": "5,0"})
@@ -352,7 +359,8 @@ def test_official_names_and_back(model: HiMAR) -> None:
     key_map = model.key_maps()["himar"]
     official = key_map.to_official(model.state_dict())
     assert {"encoder_blocks.0.adaLN_scale", "cond_z_proj.bias", "encoder_blocks_ada.1.weight",
-            "decoder_task_emb.weight", "cond_diffloss.net.c_pos_embed", "diffloss.net.final_layer.linear.bias"} <= set(official)
+            "decoder_task_emb.weight", "cond_diffloss.net.c_pos_embed",
+            "diffloss.net.final_layer.linear.bias"} <= set(official)
     assert official["mask_token"].shape == (1, 42, 16)
     assert official["decoder_blocks.1.adaLN_shift"].shape == (2, 1, 1, 64)
     assert torch.equal(official["mask_token"][0, 21:], model.backbone.mask_token[1])
