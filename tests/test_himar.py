@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.golden_case import fill
+from varzoo.cli.sample import sample as draw_images
 from varzoo.core.checkpoint import load_strictly, save_weights
 from varzoo.core.draws import Draws
 from varzoo.core.spec import TokenSpec
@@ -22,7 +23,7 @@ from varzoo.generators.base import Batch, Condition
 from varzoo.generators.himar import HiMAR, HiMARDecoding
 from varzoo.generators.masked import CosineRate, MaskPlan, TruncatedNormalRate
 from varzoo.loading import build as build_config
-from varzoo.loading import compose_config, load
+from varzoo.loading import compose_config, load, register_run
 from varzoo.nn import denoiser
 from varzoo.nn.diffusion import Diffusion
 from varzoo.nn.diffusion_transformer import DiffusionTransformer, position_table
@@ -222,6 +223,23 @@ def test_disa_anneals_each_phase(model: HiMAR) -> None:
     sampler = Autoregressive(plan=PLAN, draw=draw)
     counts = sampler.sample(model, labels(1), Draws(0, (0,))).counts
     assert counts.head_evaluations == (12 + 8 + 4) + (9 + 3) and counts.steps == 5
+
+
+@torch.no_grad()
+def test_weights_in_bfloat16(model: HiMAR) -> None:
+    exact = sample(model, labels(1, 2), Draws(0, (0, 1)), guidance=both(2.0, 2.0))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    rounded = sample(model, labels(1, 2), Draws(0, (0, 1)), guidance=both(2.0, 2.0))
+    assert rounded.dtype == torch.float32 and (rounded - exact).abs().mean() < 0.2 * exact.abs().mean()
+
+
+def test_losses_under_autocast(model: HiMAR) -> None:
+    batch, draws = batch_of(3), Draws(0, range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.loss(batch, draws, 1.0)
+    rounded.total.backward()
+    assert rounded.total.item() == pytest.approx(model.loss(batch, draws, 1.0).total.item(), rel=0.05)
 
 
 def test_disa_by_config() -> None:
@@ -454,6 +472,12 @@ def test_a_run_from_images_to_samples(tmp_path: Path) -> None:
     settings = ["experiment=smoke_himar", f"run_dir={tmp_path / 'run'}", "posterior=true", "steps=3",
                 f"tokenizer_checkpoint={tmp_path / 'kl.safetensors'}", "samples_every=0", "validate_every=3",
                 "sampler.draw.pivot.steps=3", "sampler.draw.dense.steps=3", "sampler.plan.pivot.steps=2"]
-    model = load(train(compose_config("train", settings)))
+    folder = train(compose_config("train", settings))
+    model = load(folder)
     images, counts = guided(model, 2.0).sample([3, 7], seed=1)
     assert images.shape == (2, 3, 16, 16) and counts.steps == 2 + 4 and counts.head_evaluations == 2 * 3 + 4 * 3
+    checkpoint, tokenizer = register_run(folder)
+    config = compose_config("sample", ["model=run", f"checkpoint={checkpoint}", f"tokenizer_checkpoint={tokenizer}",
+                                       "labels=[3]", "per_class=1", "guidance=2", f"out={tmp_path / 'grid.png'}"])
+    assert draw_images(config).is_file()
+    assert config.sampler.guidance.pivot.scale == config.sampler.guidance.dense.scale == 2
