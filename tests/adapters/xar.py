@@ -17,7 +17,7 @@ from varzoo.core.steps import Anneal, LinearInSteps, Step
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.units import Cells, to_map, to_tokens
 from varzoo.generators.xar import XAR
-from varzoo.nn.diffusion_mlp import time_frequencies
+from varzoo.nn.denoiser import time_frequencies
 from varzoo.nn.flow import Euler, EulerMaruyama, FlowSolver, ShortGrid
 from varzoo.nn.modulated_transformer import time_index
 from varzoo.nn.rotary import axial_rows, rotate

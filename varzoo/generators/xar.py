@@ -23,7 +23,7 @@ from varzoo.core.losses import Losses
 from varzoo.core.steps import Schedule, Step
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.unitwise import UnitDecoding, UnitGenerator, flow_losses
-from varzoo.nn.diffusion_mlp import FREQUENCIES, MODULATION_NUMBERS, time_frequencies
+from varzoo.nn.denoiser import FREQUENCIES, MODULATION_NUMBERS, time_frequencies
 from varzoo.nn.modulated_transformer import initialise, time_index
 from varzoo.predictions.flow import FlowPrediction
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from varzoo.core.errors import unknown
 from varzoo.core.keymap import Ignore, Rename, Rule
-from varzoo.nn.diffusion_mlp import FREQUENCIES, time_frequencies
+from varzoo.nn.denoiser import FREQUENCIES, time_frequencies
 from varzoo.nn.modulated_transformer import (
     NORM_EPS,
     Attention,
