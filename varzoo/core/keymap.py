@@ -155,6 +155,26 @@ class Ignore(Rule):
         return None
 
 
+@dataclass(frozen=True)
+class Computed(Rule):
+    """An official tensor that our model computes; a file's must be equal, and the way back writes it again."""
+
+    official: str
+    value: Callable[[], Tensor]
+
+    def to_ours(self, key: str, state: State) -> State | None:
+        if _match(self.official, key) is None:
+            return None
+        theirs, ours = state.pop(key), self.value()
+        if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours.float().to(theirs.device), atol=1e-3):
+            raise ValueError(f"{key} {tuple(theirs.shape)} is not the table {tuple(ours.shape)} that this model "
+                             "computes; choose the config that the file was made with.")
+        return {}
+
+    def to_official(self, key: str, state: State) -> State | None:
+        return None
+
+
 class KeyMap:
     """Rules between one official layout and ours.
 
@@ -188,6 +208,8 @@ class KeyMap:
                              if values is not None}
             elif isinstance(rule, Ignore) and rule.constant is not None:
                 official[rule.official] = rule.constant()
+            elif isinstance(rule, Computed):
+                official[rule.official] = rule.value()
         return official
 
     def _translate(self, state: State, direction: str, what: str) -> State:
