@@ -202,7 +202,7 @@ def from_config(config: DictConfig, checkpoint: str | Path | None, tokenizer_che
         "tokenizer_checkpoint", published and published.tokenizer, config.download)
     return Model(tokenizer=load_tokenizer(tokenizer_checkpoint, config.tokenizer),
                  generator=load_weights(build(config.generator), checkpoint), sampler=build(config.sampler),
-                 class_names=tuple(config.class_names), decode=build(config.decode) or {})
+                 class_names=tuple(config.class_names), decode=build(config.decode) if config.decode else {})
 
 
 def find_published(setting: str, name: str | None, download: bool) -> Path:

@@ -97,10 +97,12 @@ class Split(Rule):
         return {_fill(name, values): part.clone() for name, part in zip(self.ours, parts)}
 
     def to_official(self, key: str, state: State) -> State | None:
-        values = _match(self.ours[0], key)
-        if values is None:
+        # Whichever part comes first: files keep their keys in any order.
+        values = next((found for name in self.ours if (found := _match(name, key)) is not None), None)
+        names = [] if values is None else [_fill(name, values) for name in self.ours]
+        if not names or any(name not in state for name in names):
             return None
-        return {_fill(self.official, values): torch.cat([state.pop(_fill(name, values)) for name in self.ours])}
+        return {_fill(self.official, values): torch.cat([state.pop(name) for name in names])}
 
 
 @dataclass(frozen=True)

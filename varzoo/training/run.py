@@ -114,9 +114,9 @@ def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, p
     """What trains a tokenizer, its VAE (if it has one) made first where an experiment for it is named."""
     tokenizer, vae = build(tokenizer_node(config, folder)), folder / VAE_FILE
     if tokenizer.beneath is not None:
-        load_weights(tokenizer.beneath, find_tokenizer(config, vae))
-    module = TokenizerTraining(tokenizer=tokenizer, objective=build(config.objective), clip=config.clip,
-                               **common(config, folder))
+        load_weights(tokenizer.beneath, find_tokenizer(config, vae)).train()  # a mode changes nothing but a warning
+    objective = build(config.objective) if config.objective else None
+    module = TokenizerTraining(tokenizer=tokenizer, objective=objective, clip=config.clip, **common(config, folder))
     data = ImageData(**image_settings(config))
     pictures = [ReconstructionGrid(every=config.samples_every, folder=folder / "samples", dataset=data.heldout)]
     return module, data, pictures if config.samples_every else []
@@ -205,7 +205,7 @@ def make_trainer(config: DictConfig, folder: Path, module: TrainingModule, callb
 
 def container(config: DictConfig, name: str) -> Any:
     """A resolved node as plain dicts and lists."""
-    return OmegaConf.to_container(config[name], resolve=True)
+    return None if config[name] is None else OmegaConf.to_container(config[name], resolve=True)
 
 
 def export(config: DictConfig, folder: Path, module: TrainingModule, data: ImageData) -> None:

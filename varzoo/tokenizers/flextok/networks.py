@@ -164,8 +164,7 @@ class RegisterEncoder(nn.Module):
         self.registers = nn.Parameter(torch.empty(registers, width))
         self.blocks = nn.ModuleList(Block(width=width, head_dim=head_dim, mlp_ratio=mlp_ratio) for _ in range(depth))
         self.head = nn.Linear(width, out_channels)
-        initialise(self)
-        nn.init.zeros_(self.head.weight)
+        initialise(self)  # the head too, which the published code begins at zero: see docs/flextok.md
 
     def embed(self, latents: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
         """What enters the first block, `[B, P + count, width]`, and who sees whom, `[P + count, P + count]`."""
@@ -229,6 +228,7 @@ class FlowDecoder(nn.Module):
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, channels * patch_size**2)
         initialise(self)
+        nn.init.normal_(self.positions, std=0.5)  # published: 0.02, too alike for a short training to tell apart
         for layer in (self.head_modulation, self.head, *(block.modulation for block in self.blocks)):
             nn.init.zeros_(layer.weight)
 
@@ -277,7 +277,7 @@ class FlowDecoder(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """The published initial weights: Xavier in linear layers, each of q, k and v by itself; 0.02 in tables."""
+    """The published initial weights, mostly: Xavier in linear layers, each of q, k and v by itself; 0.02 in tables."""
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

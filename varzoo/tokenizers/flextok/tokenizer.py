@@ -88,9 +88,11 @@ class FlexTok(Tokenizer):
     Args:
         vae: any tokenizer of continuous tokens on a grid, which are the latents; never trained here.
         encoder, quantizer, decoder: the parts.
+        posterior: train on latents drawn from the VAE's posterior (the published wrapper's default), not on its means.
         kept: law of nested dropout in training, see NestedDropout.
         null_drop: probability with which training replaces all registers by the null condition.
         noise_levels: law of the times that training draws.
+        spread: weight of the loss that keeps the registers spread over the batch (ours; published: 0), see spread_loss.
         repa: alignment of the decoder's features with a pretrained network's in training, None for none.
         steps: solver steps of `decode`.
         guidance: of `decode`.
@@ -102,9 +104,9 @@ class FlexTok(Tokenizer):
     options = frozenset({"steps", "guidance"})
     needs_objective = False
 
-    def __init__(self, *, vae: Tokenizer, encoder: RegisterEncoder, quantizer: FSQ, decoder: FlowDecoder, kept: str,
-                 null_drop: float, noise_levels: NoiseLevels, repa: REPA | None, steps: int, guidance: Guidance,
-                 uint8_rule: str = "round") -> None:
+    def __init__(self, *, vae: Tokenizer, encoder: RegisterEncoder, quantizer: FSQ, decoder: FlowDecoder,
+                 posterior: bool, kept: str, null_drop: float, noise_levels: NoiseLevels, spread: float,
+                 repa: REPA | None, steps: int, guidance: Guidance, uint8_rule: str = "round") -> None:
         super().__init__()
         if vae.spec.kind != "continuous" or vae.spec.layout != "grid":
             raise ValueError(f"FlexTok works on a grid of continuous latents, but its VAE makes {vae.spec}.")
@@ -125,8 +127,9 @@ class FlexTok(Tokenizer):
             raise ValueError(f"null_drop is a probability below 1, got {null_drop}.")
         self.vae = vae.requires_grad_(False)
         self.encoder, self.quantizer, self.decoder, self.repa = encoder, quantizer, decoder, repa
+        self.posterior = posterior
         self.nested_dropout = NestedDropout(kept, decoder.count)
-        self.null_drop, self.noise_levels = null_drop, noise_levels
+        self.null_drop, self.noise_levels, self.spread = null_drop, noise_levels, spread
         self.steps, self.guidance = steps, guidance
         self.uint8_rule = uint8_rule
         self.image_size = vae.image_size
@@ -203,18 +206,21 @@ class FlexTok(Tokenizer):
         return SOLVER.solve(velocity_at, noise, _no_noise, steps=steps).sample.to(noise.dtype)
 
     def reconstruction_losses(self, images: Tensor, draws: AnyDraws) -> tuple[None, Losses]:
-        """The flow's loss, and REPA's where there is one; nothing is decoded.
+        """The flow's loss, those of spread and REPA where they have a weight; nothing is decoded.
 
         Draws: the VAE's posterior, "kept" (nested dropout), "null" (condition dropped), "noise_level" and "noise", and
         what the quantizer perturbs.
         """
-        latents = self.latents(images, draws)
+        latents = self.latents(images, draws if self.posterior else None)
         noise = draws.normal("noise", tuple(latents.shape[1:]), dtype=latents.dtype)
-        codes = self.quantizer.perturbed(self.encoder(latents), draws)
+        unquantized = self.encoder(latents)
+        codes = self.quantizer.perturbed(unquantized, draws)
         velocity, features = self.flow(
             latents, noise, self.noise_levels.draw(draws), codes, self.nested_dropout.draw(draws),
             draws.uniform("null") < self.null_drop)
         parts = {"flow": flow_loss(velocity, latents, noise).mean()}
+        if self.spread:
+            parts["spread"] = self.spread * spread_loss(unquantized)
         if self.repa is not None:
             patches = [side // self.decoder.patches.patch_size for side in latents.shape[-2:]]
             parts["repa"] = self.repa.weight * self.repa(features, tuple(patches), images)
@@ -242,6 +248,17 @@ class FlexTok(Tokenizer):
 def flow_loss(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
     """Mean squared error of each sample's velocity `[B]`, in float32 (minRF's objective)."""
     return (velocity.float() - (noise - latents).float()).square().flatten(1).mean(dim=1)
+
+
+def spread_loss(unquantized: Tensor) -> Tensor:
+    """How far each register channel is from mean 0 and variance 1 over a batch `[B, N, C]`: a mean KL divergence.
+
+    Without it a short training drifts into the ends of the quantiser's range before the decoder reads any register, and
+    stays there: all images then have the same tokens.
+    """
+    unquantized = unquantized.float()
+    mean, variance = unquantized.mean(dim=0), unquantized.var(dim=0, unbiased=False) + 1e-4
+    return 0.5 * (mean.square() + variance - 1 - variance.log()).mean()
 
 
 def _no_noise(k: int) -> Tensor:
