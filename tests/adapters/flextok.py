@@ -57,8 +57,8 @@ def tokenizer_of(case: Case, latents: Tensor, guidance: Guidance | None = None) 
         **{name: decoder[name] for name in ("channels", "patch_size", "position_grid", "position_scaling", "registers",
                                             "width", "depth", "head_dim", "mlp_ratio")}}
     rest = {"_target_": "varzoo.tokenizers.flextok.FlexTok", "posterior": True, "kept": "uniform", "null_drop": 0.1,
-            "noise_levels": {"_target_": "varzoo.nn.noise_levels.LogitNormal"}, "spread": 0.0, "repa": None, "steps": 20,
-            "guidance": {"_target_": "varzoo.nn.guidance.ClassifierFree", "scale": 1.0}}
+            "noise_levels": {"_target_": "varzoo.nn.noise_levels.LogitNormal"}, "spread": 0.0, "repa": None,
+            "steps": 20, "guidance": {"_target_": "varzoo.nn.guidance.ClassifierFree", "scale": 1.0}}
     tokenizer = build(rest | said | {"vae": vae, "encoder": encoder})
     own = {name: value for name, value in tokenizer.state_dict().items()
            if not any(key.startswith(name.split(".")[0] + ".") for key in case.state_dict)}
