@@ -35,7 +35,9 @@ def test_experiments_fit_together(name: str) -> None:
     config = compose_config("train", [f"experiment={name}"])
     assert config.name == name
     if config.generator is None:
-        build(config.tokenizer), build(config.objective)
+        tokenizer = build(config.tokenizer)
+        assert tokenizer.needs_objective == (config.objective is not None)
+        build(config.objective or {})
         return
     tokenizer = build(compose_config("train", [f"experiment={config.tokenizer_experiment}"]).tokenizer)
     generator = build(config.generator)

@@ -25,6 +25,7 @@ class Published:
         licence: of the weights.
         tokenizer: of a generator: the published tokenizer it was trained with, None if it is not in varzoo.
         note: what else a user needs to know.
+        companions: other files of the repository that are read with it, if they are there.
     """
 
     config: str
@@ -34,6 +35,7 @@ class Published:
     licence: str
     tokenizer: str | None = None
     note: str = ""
+    companions: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -45,6 +47,13 @@ class Published:
 def _llamagen(config: str, file: str, repo: str = "FoundationVision/LlamaGen",
               tokenizer: str | None = "vq16") -> Published:
     return Published(config=config, repo=repo, file=file, layout="llamagen", licence="MIT", tokenizer=tokenizer)
+
+
+def _flextok(config: str, name: str) -> Published:
+    return Published(config=config, repo=f"EPFL-VILAB/{name}", file=None, companions=("config.json",),
+                     layout="diffusers" if "vae" in name else "flextok",
+                     licence="Apple ML Research Model (not for commercial use)",
+                     note="file names there are not verified")
 
 
 def _nar(config: str, repo: str, tokenizer: str = "vq16") -> Published:
@@ -73,6 +82,10 @@ PUBLISHED = {
        for owner, sizes in (("chenfeng1271", ("b", "l", "xxl")), ("yefly", ("m", "xl"))) for size in sizes},
     "nar_xl_t2i": _nar("nar_xl_t2i", "yefly/NAR-XL-t2i-stage1", "vq16_t2i"),
     "nar_xl_t2i_512": _nar("nar_xl_t2i_512", "yefly/NAR-XL-t2i-stage2", "vq16_t2i"),
+    **{name: _flextok("_".join(name.split("_")[:3]), name)
+       for name in ("flextok_d12_d12_in1k", "flextok_d18_d18_in1k", "flextok_d18_d28_in1k", "flextok_d18_d28_dfn")},
+    **{f"flextok_vae_{channels}": _flextok(f"kl8_{channels}", f"flextok_vae_{channels}")
+       for channels in ("c4", "c8", "c16")},
     "kl16": Published(config="kl16", repo="jadechoghari/mar", file="kl16.ckpt", layout="mar", licence="MIT",
                       note="a mirror named by the official README; file names there are not verified"),
     **{f"mar_{size}": Published(
@@ -113,4 +126,7 @@ def fetch(name: str, cache: str | Path | None = None) -> Path:
             raise ValueError(f"{published.repo} should hold one file of weights, but holds {len(found)} "
                              f"({', '.join(found)}): download the right one and give its path as checkpoint=FILE.")
         file = found[0]
+    for companion in published.companions:
+        if companion in list_repo_files(published.repo):
+            hf_hub_download(published.repo, companion, cache_dir=cache)
     return Path(hf_hub_download(published.repo, file, cache_dir=cache))

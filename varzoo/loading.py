@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from varzoo.generators.base import Condition, Generator
 from varzoo.hub import PUBLISHED, fetch
 from varzoo.samplers.base import Callback, Counts, Sampler
 from varzoo.tokenizers.base import Tokenizer
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILE, GENERATOR_FILE = "tokenizer.safetensors", "generator.safetensors"
 
@@ -41,10 +44,14 @@ class Model:
     generator: Generator
     sampler: Sampler
     class_names: tuple[str, ...] = ()
+    decode: Mapping[str, Any] = field(default_factory=dict)  # options of the tokenizer's `decode`
 
     def __post_init__(self) -> None:
         require_same_tokens(self.tokenizer.spec, self.generator.spec)
         self.sampler.check(self.generator)
+        for name in self.decode:
+            if name not in self.tokenizer.options:
+                raise unknown(f"decode option of {type(self.tokenizer).__name__}", name, self.tokenizer.options)
 
     @torch.no_grad()
     def sample(self, condition: Condition | list[int], *, seed: int = 0, samples: range | None = None,
@@ -64,7 +71,8 @@ class Model:
         device = next(self.generator.parameters()).device
         draws = Draws(seed, tuple(samples if samples is not None else range(condition.size)), device)
         sampled = self.sampler.sample(self.generator, condition.to(device), draws, callback)
-        return self.tokenizer.to_uint8(self.tokenizer.decode(sampled.tokens)), sampled.counts
+        images = self.tokenizer.decode(sampled.tokens, draws, **self.decode)
+        return self.tokenizer.to_uint8(images), sampled.counts
 
 
 def build(config: Mapping[str, Any] | DictConfig) -> Any:
@@ -107,7 +115,28 @@ def load_tokenizer(checkpoint: str | Path, config: Mapping[str, Any] | None = No
     header = read_config(path)
     if header is None and config is None:
         raise ValueError(f"{path} carries no config; name it, as in `tokenizer=vq16 tokenizer_checkpoint={path}`.")
-    return load_weights(build(config if header is None else header["tokenizer"]), path)
+    node = corrected(config, path) if header is None else header["tokenizer"]
+    return load_weights(build(node), path)
+
+
+def corrected(config: Mapping[str, Any] | DictConfig, path: Path) -> dict[str, Any]:
+    """A tokenizer's config with what an official file says of itself; every difference is reported as a warning."""
+    node = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    said, remarks = get_class(node["_target_"]).settings_of(existing(path))
+    ours, theirs = flattened(node), flattened(said)
+    remarks += [f"{name} is {value}, where the config assumes {ours.get(name)}" for name, value in theirs.items()
+                if ours.get(name) != value]
+    for remark in remarks:
+        log.warning("%s: %s", path, remark)
+    return OmegaConf.to_container(OmegaConf.merge(node, said))
+
+
+def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as one level, with names such as "decoder.depth"."""
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def compose_config(name: str, overrides: list[str]) -> DictConfig:
@@ -173,7 +202,7 @@ def from_config(config: DictConfig, checkpoint: str | Path | None, tokenizer_che
         "tokenizer_checkpoint", published and published.tokenizer, config.download)
     return Model(tokenizer=load_tokenizer(tokenizer_checkpoint, config.tokenizer),
                  generator=load_weights(build(config.generator), checkpoint), sampler=build(config.sampler),
-                 class_names=tuple(config.class_names))
+                 class_names=tuple(config.class_names), decode=build(config.decode) if config.decode else {})
 
 
 def find_published(setting: str, name: str | None, download: bool) -> Path:

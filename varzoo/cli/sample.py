@@ -41,7 +41,12 @@ def sample(config: DictConfig) -> Path:
         guidance = config.sampler.guidance  # one schedule, or one per phase
         for schedule in [guidance] if "_target_" in guidance else guidance.values():
             schedule.scale = config.guidance
+    if config.tokens is not None:
+        config.sampler.plan = {"_target_": "varzoo.generators.causal.Prefix", "tokens": config.tokens}
     model = from_config(config, config.checkpoint, config.tokenizer_checkpoint)
+    if config.tokens is not None and not model.generator.spec.prefix_decodes:
+        raise ValueError(f"tokens={config.tokens} is for tokens of which any prefix decodes; this model's are "
+                         f"{model.generator.spec}. Leave it out.")
     model = place(model, config.device, PRECISIONS[config.precision])
     request = make_request(config, model)
     folder = (Path(config.checkpoint).parent if config.checkpoint else Path()) / "samples"
@@ -134,7 +139,8 @@ def describe(config: DictConfig, model: Model, request: Request) -> dict[str, An
     return {
         "asked": weights_hash(asked), "generator": weights_hash(model.generator.state_dict()),
         "tokenizer": weights_hash(model.tokenizer.state_dict()),
-        "sampler": OmegaConf.to_container(config.sampler, resolve=True), "seed": config.seed,
+        "sampler": OmegaConf.to_container(config.sampler, resolve=True), "decode": dict(config.decode or {}),
+        "seed": config.seed,
         "precision": config.precision, "count": len(request), "uint8_rule": model.tokenizer.uint8_rule,
         "label_scheme": f"{config.per_class} per label, sorted"}
 

@@ -97,10 +97,12 @@ class Split(Rule):
         return {_fill(name, values): part.clone() for name, part in zip(self.ours, parts)}
 
     def to_official(self, key: str, state: State) -> State | None:
-        values = _match(self.ours[0], key)
-        if values is None:
+        # Whichever part comes first: files keep their keys in any order.
+        values = next((found for name in self.ours if (found := _match(name, key)) is not None), None)
+        names = [] if values is None else [_fill(name, values) for name in self.ours]
+        if not names or any(name not in state for name in names):
             return None
-        return {_fill(self.official, values): torch.cat([state.pop(_fill(name, values)) for name in self.ours])}
+        return {_fill(self.official, values): torch.cat([state.pop(name) for name in names])}
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,26 @@ class Ignore(Rule):
         return None
 
 
+@dataclass(frozen=True)
+class Computed(Rule):
+    """An official tensor that our model computes; a file's must be equal, and the way back writes it again."""
+
+    official: str
+    value: Callable[[], Tensor]
+
+    def to_ours(self, key: str, state: State) -> State | None:
+        if _match(self.official, key) is None:
+            return None
+        theirs, ours = state.pop(key), self.value()
+        if theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours.float().to(theirs.device), atol=1e-3):
+            raise ValueError(f"{key} {tuple(theirs.shape)} is not the table {tuple(ours.shape)} that this model "
+                             "computes; choose the config that the file was made with.")
+        return {}
+
+    def to_official(self, key: str, state: State) -> State | None:
+        return None
+
+
 class KeyMap:
     """Rules between one official layout and ours.
 
@@ -188,6 +210,8 @@ class KeyMap:
                              if values is not None}
             elif isinstance(rule, Ignore) and rule.constant is not None:
                 official[rule.official] = rule.constant()
+            elif isinstance(rule, Computed):
+                official[rule.official] = rule.value()
         return official
 
     def _translate(self, state: State, direction: str, what: str) -> State:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,16 @@ from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.llama import LlamaStack, Sight
 from varzoo.predictions.base import Prediction
 from varzoo.predictions.categorical import Categorical
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A plan: draw the first `tokens` of a sequence, and stop.
+
+    They are the first of what would be drawn without a plan: schedules see the whole sequence's steps.
+    """
+
+    tokens: int
 
 
 class CausalGenerator(Generator):
@@ -128,10 +139,17 @@ class CausalGenerator(Generator):
 
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> CausalDecoding:
+        """Open a decoding; `plan` is None, or a Prefix where any prefix of the tokens decodes."""
         self.check_condition(condition)
-        if plan is not None:
+        if plan is None:
+            return CausalDecoding(self, condition, of_phase(guidance), self.spec.length)
+        if not isinstance(plan, Prefix):
             raise ValueError(f"the order of {type(self).__name__} is fixed, so it takes no plan, got {plan}.")
-        return CausalDecoding(self, condition, of_phase(guidance))
+        if not self.spec.prefix_decodes:
+            raise ValueError(f"no prefix of {self.spec} decodes, so all of it is drawn; it takes no plan, got {plan}.")
+        if not 1 <= plan.tokens <= self.spec.length:
+            raise ValueError(f"a prefix has between 1 and {self.spec.length} tokens, got {plan.tokens}.")
+        return CausalDecoding(self, condition, of_phase(guidance), plan.tokens)
 
 
 def known_keys(valid: Tensor, length: int) -> Tensor:
@@ -153,9 +171,15 @@ def weigh(parts: Mapping[str, Tensor], weights: Tensor | None) -> Losses:
 
 
 class CausalDecoding(Decoding):
-    """One batch of a causal generator being drawn: its tokens, its cache and the tokens not fed yet."""
+    """One batch of a causal generator being drawn: its tokens, its cache and the tokens not fed yet.
 
-    def __init__(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None) -> None:
+    Args:
+        generator, condition, guidance: as given to `begin`.
+        count: tokens to draw; `tokens` has as many.
+    """
+
+    def __init__(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None,
+                 count: int) -> None:
         self.generator, self.guidance = generator, guidance
         device = next(generator.parameters()).device
         self._turns = generator.order.on(device)
@@ -163,10 +187,12 @@ class CausalDecoding(Decoding):
         drawn = 0
         self._plan: list[Step] = []
         for index, turn in enumerate(self._turns):
-            count = len(turn.positions)
-            self._plan.append(Step(index=index, of=len(self._turns), drawn=drawn, left=total - drawn - count,
-                                   total=total, positions=turn.positions.expand(condition.size, -1)))
-            drawn += count
+            if drawn >= count:
+                break
+            drawn += len(turn.positions)
+            self._plan.append(Step(index=index, of=len(self._turns), drawn=drawn - len(turn.positions),
+                                   left=total - drawn, total=total,
+                                   positions=turn.positions.expand(condition.size, -1)))
         guided = needs_null_branch(guidance, self._plan)
 
         condition = condition.to(device)
@@ -177,7 +203,7 @@ class CausalDecoding(Decoding):
         self._cache = generator.new_cache(len(self._prefix))
         self._keys = None if self._valid is None else known_keys(self._valid, self._cache.slots)
         self._done = 0
-        self.tokens = torch.zeros(condition.size, total, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(condition.size, count, dtype=torch.long, device=device)
 
     @property
     def steps(self) -> Iterator[Step]:

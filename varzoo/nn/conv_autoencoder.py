@@ -17,11 +17,11 @@ from torch import Tensor
 
 from varzoo.core.keymap import Rename, Rule
 
-_GROUPS = 32
+GROUPS = 32  # of every norm, in all published networks
 
 
 def build_encoder(*, width: int, multipliers: Sequence[int], blocks_per_level: int, attention_levels: Collection[int],
-                  out_channels: int) -> Encoder:
+                  out_channels: int, groups: int = GROUPS) -> Encoder:
     """Images `[B, 3, H, W]` -> features `[B, out_channels, H / f, W / f]`, f = `downsampling(multipliers)`.
 
     Each level has `blocks_per_level` ResNet blocks, each followed by attention on the `attention_levels`.
@@ -31,15 +31,15 @@ def build_encoder(*, width: int, multipliers: Sequence[int], blocks_per_level: i
         in_channels=3,
         out_channels=out_channels,
         down_block_types=tuple("AttnDownEncoderBlock2D" if attend else "DownEncoderBlock2D" for attend in attends),
-        block_out_channels=_widths(width, multipliers),
+        block_out_channels=_widths(width, multipliers, groups),
         layers_per_block=blocks_per_level,
-        norm_num_groups=_GROUPS,
+        norm_num_groups=groups,
         double_z=False,
     )
 
 
 def build_decoder(*, width: int, multipliers: Sequence[int], blocks_per_level: int, attention_levels: Collection[int],
-                  in_channels: int) -> Decoder:
+                  in_channels: int, groups: int = GROUPS) -> Decoder:
     """Features `[B, in_channels, h, w]` -> images `[B, 3, h f, w f]`, not clamped.
 
     Each level has `blocks_per_level` + 1 ResNet blocks; levels are numbered as in the encoder, 0 at full resolution.
@@ -49,9 +49,9 @@ def build_decoder(*, width: int, multipliers: Sequence[int], blocks_per_level: i
         in_channels=in_channels,
         out_channels=3,
         up_block_types=tuple("AttnUpDecoderBlock2D" if attend else "UpDecoderBlock2D" for attend in reversed(attends)),
-        block_out_channels=_widths(width, multipliers),
+        block_out_channels=_widths(width, multipliers, groups),
         layers_per_block=blocks_per_level,
-        norm_num_groups=_GROUPS,
+        norm_num_groups=groups,
     )
 
 
@@ -118,10 +118,10 @@ def latent_diffusion_rules(levels: int) -> list[Rule]:
     return rules
 
 
-def _widths(width: int, multipliers: Sequence[int]) -> tuple[int, ...]:
+def _widths(width: int, multipliers: Sequence[int], groups: int) -> tuple[int, ...]:
     widths = tuple(width * multiplier for multiplier in multipliers)
-    if not widths or any(channels < 1 or channels % _GROUPS for channels in widths):
-        raise ValueError(f"every level's width (width x multiplier) must be a positive multiple of the {_GROUPS} norm "
+    if not widths or any(channels < 1 or channels % groups for channels in widths):
+        raise ValueError(f"every level's width (width x multiplier) must be a positive multiple of the {groups} norm "
                          f"groups; width {width} with multipliers {list(multipliers)} gives {list(widths)}.")
     return widths
 

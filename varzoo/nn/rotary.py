@@ -45,6 +45,11 @@ def zero_rows(count: int, head_dim: int) -> Tensor:
     return torch.zeros(count, head_dim // 2, 2)
 
 
+def identity_rows(count: int, head_dim: int) -> Tensor:
+    """Rows that turn nothing, for models whose positions are embedded otherwise."""
+    return torch.stack([torch.ones(count, head_dim // 2), torch.zeros(count, head_dim // 2)], dim=-1)
+
+
 def rotate(x: Tensor, rows: Tensor) -> Tensor:
     """Turn adjacent channel pairs of queries or keys `[B, n, heads, head_dim]` by table rows `[(B,) n, head_dim/2, 2]`.
 

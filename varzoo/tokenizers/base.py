@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,12 @@ class Tokenizer(nn.Module, ABC):
         spec: what its tokens look like at `image_size`.
         image_size: (height, width) in pixels of the images that `spec` speaks of.
         uint8_rule: how `to_uint8` rounds.
+        options: names of the keyword arguments that `decode` takes besides tokens and draws, such as solver steps.
+        needs_objective: whether training compares reconstructions with originals; else its own losses are all.
     """
+
+    options: ClassVar[frozenset[str]] = frozenset()
+    needs_objective: ClassVar[bool] = True
 
     spec: TokenSpec
     image_size: tuple[int, int]
@@ -60,8 +67,12 @@ class Tokenizer(nn.Module, ABC):
         return self.tokens(self.compress(images), draws)
 
     @abstractmethod
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens -> images `[B, 3, H, W]`, nominally in [-1, 1], not clamped."""
+    def decode(self, tokens: Tensor, draws: AnyDraws | None = None) -> Tensor:
+        """Tokens -> images `[B, 3, H, W]`, nominally in [-1, 1], not clamped.
+
+        A decoder that draws needs draws, one row per sample; others ignore them. Where `spec.prefix_decodes`, tokens
+        may be the first k of each sequence, `[B, k]`, or a sequence of B prefixes `[k_i]`.
+        """
 
     def at_size(self, image_size: int | Sequence[int]) -> Tokenizer:
         """This tokenizer, with the same weights, for images of another size (one side or (height, width)).
@@ -75,9 +86,25 @@ class Tokenizer(nn.Module, ABC):
         """Decoded images -> uint8 `[B, 3, H, W]` by this tokenizer's rule."""
         return to_uint8(images, self.uint8_rule)
 
+    @property
+    def beneath(self) -> Tokenizer | None:
+        """The frozen tokenizer whose tokens this one works on (a VAE), None for those that work on pixels."""
+        return None
+
+    @classmethod
+    def settings_of(cls, path: Path) -> tuple[dict[str, Any], list[str]]:
+        """What an official file says of its own configuration: constructor arguments as in a config, and remarks.
+
+        Raises:
+            ValueError: it says what this tokenizer does not compute.
+        """
+        return {}, []
+
     @abstractmethod
-    def reconstruction_losses(self, images: Tensor, draws: AnyDraws) -> tuple[Tensor, Losses]:
+    def reconstruction_losses(self, images: Tensor, draws: AnyDraws) -> tuple[Tensor | None, Losses]:
         """One training pass: reconstructions `[B, 3, H, W]` and the losses of the bottleneck (VQ, commitment, KL).
+
+        Reconstructions are None unless `needs_objective`.
 
         What compares reconstruction and original (L1 or L2, LPIPS, adversarial) belongs to the training objective, not
         to the tokenizer; `parts` may carry statistics such as codebook usage and perplexity.

@@ -22,6 +22,7 @@ from varzoo.core.keymap import Ignore, KeyMap, Rename
 from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
 from varzoo.nn.conv_autoencoder import (
+    GROUPS,
     build_decoder,
     build_encoder,
     downsampling,
@@ -51,6 +52,7 @@ class KLTokenizer(Tokenizer):
         kl_weight: weight of the KL divergence, which is summed over a sample's latents. A reconstruction loss that is a
             mean over pixels needs 1e-6 or less, or channels collapse.
         variational: without it (MAR's `use_variational=False`) only means are learned and the log variance is 1.
+        norm_groups: of every GroupNorm (32 in all published VAEs).
         uint8_rule: how decoded images are rounded (official "round").
 
     Tokens are `[B, N, C p p]` float in raster order over the patches; `spec.shape` is the grid of patches.
@@ -58,7 +60,7 @@ class KLTokenizer(Tokenizer):
 
     def __init__(self, *, image_size: int | Sequence[int], width: int, multipliers: Sequence[int],
                  blocks_per_level: int, attention_levels: Collection[int], latent_channels: int, patch_size: int,
-                 scale: float, shift: float, kl_weight: float, variational: bool = True,
+                 scale: float, shift: float, kl_weight: float, variational: bool = True, norm_groups: int = GROUPS,
                  uint8_rule: str = "round") -> None:
         super().__init__()
         if uint8_rule not in UINT8_RULES:
@@ -75,11 +77,12 @@ class KLTokenizer(Tokenizer):
         self.variational = variational
 
         self.encoder = build_encoder(width=width, multipliers=multipliers, blocks_per_level=blocks_per_level,
-                                     attention_levels=attention_levels, out_channels=2 * latent_channels)
+                                     attention_levels=attention_levels, out_channels=2 * latent_channels,
+                                     groups=norm_groups)
         self.quant_conv = nn.Conv2d(2 * latent_channels, latent_channels * (2 if variational else 1), 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.decoder = build_decoder(width=width, multipliers=multipliers, blocks_per_level=blocks_per_level,
-                                     attention_levels=(), in_channels=latent_channels)
+                                     attention_levels=(), in_channels=latent_channels, groups=norm_groups)
 
     def at_size(self, image_size: int | Sequence[int]) -> KLTokenizer:
         other = copy.copy(self)  # shallow: every module and parameter is this one's
@@ -102,7 +105,7 @@ class KLTokenizer(Tokenizer):
             mean = mean + (0.5 * logvar).exp() * noise
         return self.scale * (mean - self.shift)
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, draws: AnyDraws | None = None) -> Tensor:
         """Scaled tokens `[B, N, C p p]` -> images `[B, 3, H, W]`, not clamped."""
         if tokens.ndim != 3 or tokens.shape[1:] != (self.spec.length, self.spec.size):
             raise ValueError(f"expected tokens [B, {self.spec.length}, {self.spec.size}] for {self.spec}, "
@@ -132,13 +135,15 @@ class KLTokenizer(Tokenizer):
         return self.decoder.conv_out.weight
 
     def key_maps(self) -> dict[str, KeyMap]:
-        """Official layouts: "mar", MAR's and latent diffusion's (files keep it under `model` or `state_dict`)."""
+        """Official layouts: "mar", MAR's and latent diffusion's (files keep it under `model` or `state_dict`), and
+        "diffusers", whose names are ours.
+        """
         return {"mar": KeyMap([
             *latent_diffusion_rules(levels=len(self.encoder.down_blocks)),
             Rename("quant_conv.{p}", "quant_conv.{p}"),
             Rename("post_quant_conv.{p}", "post_quant_conv.{p}"),
             Ignore("loss.{rest*}"),  # the training loss's own weights, which latent diffusion's files carry along
-        ])}
+        ]), "diffusers": KeyMap([Rename("{rest*}", "{rest*}")])}
 
 
 def split_moments(moments: Tensor, dim: int) -> tuple[Tensor, Tensor]:

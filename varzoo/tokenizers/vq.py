@@ -96,7 +96,7 @@ class VQTokenizer(Tokenizer):
         """Ids are tokens already, there is nothing to draw."""
         return compressed
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, draws: AnyDraws | None = None) -> Tensor:
         """Ids `[B, N]` -> images `[B, 3, H, W]`, not clamped. ValueError for ids that are not in the codebook."""
         return self._paint(self.lookup(tokens))
 

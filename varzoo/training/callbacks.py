@@ -89,7 +89,7 @@ class SampleGrid(EverySteps):
         labels = torch.arange(len(self.class_names), device=device).repeat_interleave(self.columns)
         draws = Draws(module.seed, range(len(labels)), device)
         tokens = self.sampler.sample(module.averaged, Condition.classes(labels), draws).tokens
-        images = module.tokenizer.to(device).to_uint8(module.tokenizer.decode(tokens))
+        images = module.tokenizer.to(device).to_uint8(module.tokenizer.decode(tokens, draws))
         save_grid(self.folder / f"step_{module.iteration:06d}.png", images, self.class_names)
 
 
@@ -105,8 +105,9 @@ class ReconstructionGrid(EverySteps):
     def show(self, module: pl.LightningModule, device: torch.device) -> None:
         tokenizer: Tokenizer = module.averaged
         rows: list[Tensor] = []
+        draws = Draws(module.seed, range(self.images.shape[1]), device)
         for images in self.images.to(device):
-            rows += [tokenizer.to_uint8(images), tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(images)))]
+            rows += [tokenizer.to_uint8(images), tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(images), draws))]
         names = ("original", "decoded") * len(self.images)
         save_grid(self.folder / f"step_{module.iteration:06d}.png", torch.cat(rows), names)
 

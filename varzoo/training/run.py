@@ -6,6 +6,7 @@
     samples/                grids of samples, or of originals and reconstructions
     curve.png               losses over the steps
     tokenizer.safetensors   the tokenizer: trained here, or copied so that the folder is complete by itself
+    vae.safetensors         of a tokenizer over a VAE: that, copied
     generator.safetensors   the averaged weights, their config in the header
 
 Started again with the same config, a run goes on where it was, or says that it is done; with another config, the folder
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from varzoo.core.checkpoint import atomic_path, read_config, save_weights, weights_hash
 from varzoo.core.spec import require_same_tokens
-from varzoo.loading import GENERATOR_FILE, TOKENIZER_FILE, build, compose_config, load_tokenizer
+from varzoo.loading import GENERATOR_FILE, TOKENIZER_FILE, build, compose_config, load_tokenizer, load_weights
 from varzoo.tokenizers.base import Tokenizer
 from varzoo.training.callbacks import ReconstructionGrid, SampleGrid, StepBar, plot_curves, read_metrics
 from varzoo.training.data import ImageData, TokenData
@@ -42,6 +43,8 @@ from varzoo.training.tokenizer import TokenizerTraining
 # What may differ when a run is taken up again: where and how it runs, how often it reports, how long it is.
 FREE = {"run_dir", "overwrite", "trainer", "num_workers", "steps", "log_every", "validate_every", "checkpoint_every",
         "samples_every", "tokenizer_checkpoint", "cache", "accumulate"}
+
+VAE_FILE = "vae.safetensors"
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +71,9 @@ def train(config: DictConfig) -> Path:
         with atomic_path(folder / "config.yaml") as temporary:
             temporary.write_text(OmegaConf.to_yaml(config, resolve=True))
         if isinstance(module, GeneratorTraining):
-            keep_tokenizer(config, folder, module.tokenizer)
+            keep_tokenizer(config, folder / TOKENIZER_FILE, module.tokenizer, container(config, "tokenizer"))
+        elif module.model.beneath is not None:
+            keep_tokenizer(config, folder / VAE_FILE, module.model.beneath, container(config, "tokenizer")["vae"])
     trainer = make_trainer(config, folder, module, [*pictures, StepBar()])
     last = folder / "checkpoints" / "last.ckpt"
     # Older Lightning versions have no such argument and load as torch does by default: safely too.
@@ -106,9 +111,12 @@ def trained_steps(path: Path) -> int | None:
 
 
 def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, pl.LightningDataModule, list[Any]]:
-    """What trains a tokenizer."""
-    module = TokenizerTraining(tokenizer=build(config.tokenizer), objective=build(config.objective), clip=config.clip,
-                               **common(config, folder))
+    """What trains a tokenizer, its VAE (if it has one) made first where an experiment for it is named."""
+    tokenizer, vae = build(tokenizer_node(config, folder)), folder / VAE_FILE
+    if tokenizer.beneath is not None:
+        load_weights(tokenizer.beneath, find_tokenizer(config, vae)).train()  # a mode changes nothing but a warning
+    objective = build(config.objective) if config.objective else None
+    module = TokenizerTraining(tokenizer=tokenizer, objective=objective, clip=config.clip, **common(config, folder))
     data = ImageData(**image_settings(config))
     pictures = [ReconstructionGrid(every=config.samples_every, folder=folder / "samples", dataset=data.heldout)]
     return module, data, pictures if config.samples_every else []
@@ -119,7 +127,7 @@ def generator_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, p
     generator, sampler, settings = build(config.generator), build(config.sampler), common(config, folder)
     sampler.check(generator)
     images = image_settings(config)
-    tokenizer = load_tokenizer(find_tokenizer(config, folder), config.tokenizer)
+    tokenizer = load_tokenizer(find_tokenizer(config, folder / TOKENIZER_FILE), config.tokenizer)
     require_same_tokens(tokenizer.spec, generator.spec)
     module = GeneratorTraining(generator=generator, tokenizer=tokenizer, posterior=config.posterior, **settings)
     data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), copies=config.copies, **images)
@@ -128,12 +136,24 @@ def generator_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, p
     return module, data, pictures if config.samples_every else []
 
 
-def find_tokenizer(config: DictConfig, folder: Path) -> Path:
-    """The tokenizer's file: the run's copy, or the one named; trained first if missing and its experiment is named."""
-    if (folder / TOKENIZER_FILE).exists():
-        return folder / TOKENIZER_FILE
+def tokenizer_node(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """The config of the tokenizer to train; its VAE is as the VAE's own file says, measured scale included."""
+    node = container(config, "tokenizer")
+    if "vae" in node and (header := read_config(find_tokenizer(config, folder / VAE_FILE))) is not None:
+        node["vae"] = header["tokenizer"]
+    return node
+
+
+def find_tokenizer(config: DictConfig, kept: Path) -> Path:
+    """The file of the tokenizer that is modelled: the run's copy `kept`, or the one named.
+
+    It is trained first if it is missing and its experiment is named.
+    """
+    if kept.exists():
+        return kept
     if config.tokenizer_checkpoint is None:
-        raise FileNotFoundError("training a generator needs tokenizer_checkpoint=FILE or a tokenizer's run folder.")
+        raise FileNotFoundError("this training needs tokenizer_checkpoint=FILE or a tokenizer's run folder: of the "
+                                "tokenizer whose tokens are modelled.")
     source = Path(config.tokenizer_checkpoint)
     path = source if source.is_file() else source / TOKENIZER_FILE
     if not path.exists() and config.tokenizer_experiment is not None:
@@ -143,12 +163,10 @@ def find_tokenizer(config: DictConfig, folder: Path) -> Path:
     return path
 
 
-def keep_tokenizer(config: DictConfig, folder: Path, tokenizer: Tokenizer) -> None:
-    """Copy a generator's tokenizer into its folder, with its config."""
-    path = folder / TOKENIZER_FILE
+def keep_tokenizer(config: DictConfig, path: Path, tokenizer: Tokenizer, node: Any) -> None:
+    """Copy the tokenizer that is modelled into the run's folder, with its config."""
     if not path.exists():
-        header = read_config(find_tokenizer(config, folder))
-        header = header or {"tokenizer": OmegaConf.to_container(config.tokenizer, resolve=True)}
+        header = read_config(find_tokenizer(config, path)) or {"tokenizer": node}
         save_weights(path, tokenizer.state_dict(), header)
 
 
@@ -185,18 +203,22 @@ def make_trainer(config: DictConfig, folder: Path, module: TrainingModule, callb
         use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False)
 
 
+def container(config: DictConfig, name: str) -> Any:
+    """A resolved node as plain dicts and lists."""
+    return None if config[name] is None else OmegaConf.to_container(config[name], resolve=True)
+
+
 def export(config: DictConfig, folder: Path, module: TrainingModule, data: ImageData) -> None:
     """Write the averaged weights with everything needed to build their model."""
-    node = lambda name: OmegaConf.to_container(config[name], resolve=True)  # noqa: E731
     about = {"run": config.name, "steps": config.steps, "seed": config.seed}
     if isinstance(module, TokenizerTraining):
         tokenizer = module.averaged.eval()
         batches = (batch["image"].to(module.device) for batch in DataLoader(data.train, batch_size=256))
         measured = tokenizer.calibrate(batches)
         save_weights(folder / TOKENIZER_FILE, tokenizer.state_dict(),
-                     {**about, "tokenizer": node("tokenizer") | measured})
+                     {**about, "tokenizer": tokenizer_node(config, folder) | measured})
         return
     save_weights(folder / GENERATOR_FILE, module.averaged.state_dict(),
-                 {**about, "generator": node("generator"), "sampler": node("sampler"),
+                 {**about, "generator": container(config, "generator"), "sampler": container(config, "sampler"),
                   "tokenizer_hash": weights_hash(module.tokenizer.state_dict()),
                   "class_names": list(data.train.class_names)})

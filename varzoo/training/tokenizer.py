@@ -20,25 +20,30 @@ class TokenizerTraining(TrainingModule):
 
     Args:
         tokenizer: the model.
-        objective: what compares reconstruction and original.
+        objective: what compares reconstruction and original; None where the tokenizer's own losses are all.
         clip: largest gradient norm of either side.
         settings: see TrainingModule.
     """
 
-    def __init__(self, *, tokenizer: Tokenizer, objective: ReconstructionObjective, clip: float | None,
+    def __init__(self, *, tokenizer: Tokenizer, objective: ReconstructionObjective | None, clip: float | None,
                  **settings: Any) -> None:
         super().__init__(model=tokenizer, **settings)
+        if tokenizer.needs_objective != (objective is not None):
+            choice = "an objective, such as objective=pixels" if tokenizer.needs_objective else "objective=null"
+            raise ValueError(f"{type(tokenizer).__name__} is trained with {choice}.")
         self.objective, self.clip = objective, clip
         self.automatic_optimization = False
         self._reconstructions: Tensor | None = None
 
     @property
     def adversary(self) -> torch.nn.Module | None:
-        return self.objective.discriminator
+        return None if self.objective is None else self.objective.discriminator
 
     def losses(self, batch: Mapping[str, Tensor]) -> Losses:
         images = batch["image"]
         self._reconstructions, bottleneck = self.model.reconstruction_losses(images, self.draws(batch["index"]))
+        if self.objective is None:
+            return bottleneck
         last_weight = self.model.last_decoder_weight() if self.objective.adaptive else None
         return self.objective.generator_losses(images, self._reconstructions, bottleneck, self.iteration, last_weight)
 
@@ -89,5 +94,6 @@ class TokenizerTraining(TrainingModule):
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Mean squared error of the averaged weights' reconstructions of held-out images."""
         images = batch["image"]
-        error = F.mse_loss(self.averaged.decode(self.averaged.encode(images)), images)
+        decoded = self.averaged.decode(self.averaged.encode(images), self.draws(batch["index"], iteration=0))
+        error = F.mse_loss(decoded, images)
         self.log("heldout/mse", error, batch_size=len(images), sync_dist=True)
