@@ -8,11 +8,12 @@ import torch
 from tests.adapters.tokenizers import kl_tokenizer, vq_tokenizer
 from tests.golden_case import load_case
 from varzoo.core.draws import Draws
+from varzoo.nn.codebook import entropy_loss, perplexity
 from varzoo.nn.conv_autoencoder import build_encoder
 from varzoo.nn.patches import patchify, unpatchify
 from varzoo.tokenizers.base import Tokenizer
 from varzoo.tokenizers.kl import KLTokenizer, LatentStatistics, kl_divergence, latent_statistics, split_moments
-from varzoo.tokenizers.vq import USAGE_WINDOW, VQTokenizer, entropy_loss, perplexity
+from varzoo.tokenizers.vq import USAGE_WINDOW, VQTokenizer
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,7 +24,7 @@ from varzoo.core.errors import unknown
 from varzoo.core.spec import require_same_tokens
 from varzoo.generators.base import Condition, Generator
 from varzoo.hub import PUBLISHED, fetch
-from varzoo.samplers.base import Callback, Counts, Sampler
+from varzoo.samplers.base import Callback, Counts, Progress, Sampler
 from varzoo.tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -55,13 +55,17 @@ class Model:
 
     @torch.no_grad()
     def sample(self, condition: Condition | list[int], *, seed: int = 0, samples: range | None = None,
-               callback: Callback | None = None) -> tuple[Tensor, Counts]:
+               callback: Callback | None = None, preview: Callable[[Tensor], None] | None = None,
+               ) -> tuple[Tensor, Counts]:
         """Draw images.
 
         Args:
             condition: what to draw; a list of class ids for short.
             seed: the run's seed; together with the sample index it determines an image.
             samples: index of every image, from 0 on by default.
+            callback: is told of every step of the sampler.
+            preview: is shown uint8 `[B, 3, H, W]` whenever the tokens drawn so far give a better image; the last is the
+                result, which is the same without previews. For tokenizers that stream.
 
         Returns:
             uint8 `[B, 3, H, W]` and what they took.
@@ -70,9 +74,24 @@ class Model:
             condition = Condition.classes(torch.tensor(condition))
         device = next(self.generator.parameters()).device
         draws = Draws(seed, tuple(samples if samples is not None else range(condition.size)), device)
-        sampled = self.sampler.sample(self.generator, condition.to(device), draws, callback)
-        images = self.tokenizer.decode(sampled.tokens, draws, **self.decode)
-        return self.tokenizer.to_uint8(images), sampled.counts
+        condition = condition.to(device)
+        if preview is None:
+            sampled = self.sampler.sample(self.generator, condition, draws, callback)
+            images = self.tokenizer.decode(sampled.tokens, draws, **self.decode)
+            return self.tokenizer.to_uint8(images), sampled.counts
+        stream, pushed = self.tokenizer.stream(draws, **self.decode), 0
+
+        def follow(progress: Progress) -> None:
+            nonlocal pushed
+            drawn = progress.step.drawn + progress.step.positions.shape[1]
+            if stream.push(progress.decoding.tokens[:, pushed:drawn]):
+                preview(self.tokenizer.to_uint8(stream.preview()))
+            pushed = drawn
+            if callback is not None:
+                callback(progress)
+
+        counts = self.sampler.sample(self.generator, condition, draws, follow).counts
+        return self.tokenizer.to_uint8(stream.preview()), counts
 
 
 def build(config: Mapping[str, Any] | DictConfig) -> Any:

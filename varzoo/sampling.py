@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from varzoo.eval.previews import write_previews
 from varzoo.eval.score import Samples
 from varzoo.generators.base import Condition
 from varzoo.loading import Model
@@ -45,8 +47,11 @@ class Request:
 
 
 def draw(model: Model, request: Request, *, seed: int, batch_size: int, indices: Sequence[int] | None = None,
-         progress: bool = True) -> Iterator[Samples]:
-    """Draw the images of a request, or those of `indices`; an image depends on seed and index, never on the batch."""
+         previews: Path | None = None, progress: bool = True) -> Iterator[Samples]:
+    """Draw the images of a request, or those of `indices`; an image depends on seed and index, never on the batch.
+
+    With `previews`, what each image looked like while its tokens came is written to that folder (`write_previews`).
+    """
     indices = list(range(len(request)) if indices is None else indices)
     with tqdm(total=len(indices), desc="sampling", unit="image", disable=not progress) as bar:
         for start in range(0, len(indices), batch_size):
@@ -58,7 +63,12 @@ def draw(model: Model, request: Request, *, seed: int, batch_size: int, indices:
                 steps += 1
                 bar.set_postfix(step=steps)
 
-            images, _ = model.sample(request.condition(part), seed=seed, samples=part, callback=show)
+            shown: list[Tensor] = []
+            keep = shown.append
+            images, _ = model.sample(request.condition(part), seed=seed, samples=part, callback=show,
+                                     preview=None if previews is None else keep)
+            if previews is not None:
+                write_previews(previews, torch.stack(shown, dim=1).cpu(), part)
             labels = None if request.labels is None else torch.tensor([request.labels[index] for index in part])
             bar.update(len(part))
             yield Samples(images.cpu(), labels, torch.tensor(part))

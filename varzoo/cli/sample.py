@@ -63,7 +63,7 @@ def sample(config: DictConfig) -> Path:
         else NpzFile(path=out, manifest=manifest, count=len(request), image_size=model.tokenizer.image_size))
     indices = writer.missing(range(rank, len(request), world_size))
     for samples in draw(model, request, seed=config.seed, batch_size=config.batch_size, indices=indices,
-                        progress=rank == 0):
+                        previews=previews_of(config), progress=rank == 0):
         labels = None if samples.labels is None else samples.labels.tolist()
         writer.write(samples.images, samples.indices.tolist(), labels)
     writer.close()
@@ -72,7 +72,7 @@ def sample(config: DictConfig) -> Path:
 
 def draw_grid(config: DictConfig, model: Model, request: Request, path: Path) -> Path:
     """Draw everything into one PNG, a row per label or prompt."""
-    batches = draw(model, request, seed=config.seed, batch_size=config.batch_size)
+    batches = draw(model, request, seed=config.seed, batch_size=config.batch_size, previews=previews_of(config))
     images = torch.cat([samples.images for samples in batches])
     if request.prompts:
         names = [shortened(prompt) for prompt in request.prompts[::config.per_class]]
@@ -83,6 +83,10 @@ def draw_grid(config: DictConfig, model: Model, request: Request, path: Path) ->
         names = [model.class_names[label] if label < len(model.class_names) else str(label) for label in rows]
     save_grid(path, images, names)
     return path
+
+
+def previews_of(config: DictConfig) -> Path | None:
+    return None if config.previews is None else Path(config.previews)
 
 
 def make_request(config: DictConfig, model: Model) -> Request:

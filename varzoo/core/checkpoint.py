@@ -87,6 +87,16 @@ def read_weights(path: str | Path, entries: Sequence[str] = ("model_ema", "ema",
     return state
 
 
+def read_entry(path: str | Path, name: str) -> Any:
+    """One entry of a PyTorch file's dict, such as the configuration beside the weights; None if there is none.
+
+    Objects of the known configuration classes become plain dicts. Raises like `read_weights`.
+    """
+    path = existing(path)
+    content = {} if path.suffix == ".safetensors" else _read_pickle(path)
+    return _plain(content.get(name)) if isinstance(content, dict) else None
+
+
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict, every name and shape of which must fit. Raises ValueError naming what does not."""
     own = model.state_dict()
@@ -138,9 +148,31 @@ def _safe_open(path: Path) -> Iterator[Any]:
         ) from error
 
 
+class _StandIn(dict):
+    """What takes the place of a configuration class in a pickle: it keeps what it is given, and does nothing."""
+
+    def __init__(self, *arguments: Any, **entries: Any) -> None:
+        super().__init__(*(argument for argument in arguments if isinstance(argument, Mapping)), **entries)
+
+    def __setstate__(self, state: Any) -> None:
+        for part in state if isinstance(state, tuple) else (state,):
+            self.update(part or {})
+
+
+# Classes of official files' configurations: MAR's arguments as they are, D-AR's config as a stand-in.
+_HARMLESS = [argparse.Namespace, (_StandIn, "config_util.Config")]
+
+
+def _plain(value: Any) -> Any:
+    """Dicts and lists in place of stand-ins."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def _read_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # MAR's files carry their arguments
+        with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         names = []

@@ -36,6 +36,18 @@ def to_uint8(images: Tensor, rule: str = "round") -> Tensor:
     return UINT8_RULES[rule](images.float()).to(torch.uint8)
 
 
+class Stream(ABC):
+    """The state of one batch of images being decoded while their tokens are drawn."""
+
+    @abstractmethod
+    def push(self, tokens: Tensor) -> int:
+        """Take the next tokens `[B, n]` of the sequences; returns how many decoding steps they allowed."""
+
+    @abstractmethod
+    def preview(self) -> Tensor:
+        """Images `[B, 3, H, W]`, not clamped, as far as they are known; after the last token what `decode` gives."""
+
+
 class Tokenizer(nn.Module, ABC):
     """Base of all tokenizers.
 
@@ -73,6 +85,15 @@ class Tokenizer(nn.Module, ABC):
         A decoder that draws needs draws, one row per sample; others ignore them. Where `spec.prefix_decodes`, tokens
         may be the first k of each sequence, `[B, k]`, or a sequence of B prefixes `[k_i]`.
         """
+
+    def stream(self, draws: AnyDraws, **options: Any) -> Stream:
+        """A decoding that takes tokens as they come, one image per row of draws; options as in `decode`.
+
+        Raises:
+            ValueError: this tokenizer decodes only what is complete.
+        """
+        raise ValueError(f"{type(self).__name__} paints no previews while tokens are drawn: its decoder needs them "
+                         "all. Leave previews out, or choose a tokenizer that streams, such as D-AR's.")
 
     def at_size(self, image_size: int | Sequence[int]) -> Tokenizer:
         """This tokenizer, with the same weights, for images of another size (one side or (height, width)).

@@ -21,6 +21,7 @@ from varzoo.core.errors import unknown
 from varzoo.core.keymap import KeyMap, Rename
 from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
+from varzoo.nn.codebook import entropy_loss, perplexity, squared_distances
 from varzoo.nn.conv_autoencoder import (
     build_decoder,
     build_encoder,
@@ -32,7 +33,6 @@ from varzoo.nn.conv_autoencoder import (
 from varzoo.tokenizers.base import UINT8_RULES, Tokenizer
 
 USAGE_WINDOW = 65536  # ids over which codebook usage is counted
-ENTROPY_TEMPERATURE = 0.01
 
 
 class VQTokenizer(Tokenizer):
@@ -134,7 +134,7 @@ class VQTokenizer(Tokenizer):
             "commitment": self.commitment * F.mse_loss(latents, codes.detach()),
         }
         if self.entropy_weight:
-            parts["entropy"] = self.entropy_weight * entropy_loss(-self._squared_distances(latents))
+            parts["entropy"] = self.entropy_weight * entropy_loss(-squared_distances(latents, self.codebook()))
         total = sum(parts.values())
         reconstructions = self._paint(self._grid(latents + (codes - latents).detach()))
         statistics = {"codebook_usage": self._usage(ids), "perplexity": perplexity(ids, self.spec.size)}
@@ -160,12 +160,7 @@ class VQTokenizer(Tokenizer):
         return F.normalize(vectors, dim=-1) if self.l2_norm else vectors
 
     def _nearest(self, latents: Tensor) -> Tensor:
-        return self._squared_distances(latents).argmin(dim=-1)
-
-    def _squared_distances(self, latents: Tensor) -> Tensor:
-        """From latents `[B, N, D]` to all codes: `[B, N, K]`. Expanded: differences would take D times the memory."""
-        codes = self.codebook()
-        return latents.square().sum(-1, keepdim=True) + codes.square().sum(-1) - 2 * latents @ codes.T
+        return squared_distances(latents, self.codebook()).argmin(dim=-1)
 
     def _usage(self, ids: Tensor) -> Tensor:
         recent = torch.cat([self.recent_ids, ids.flatten()])[-USAGE_WINDOW:]
@@ -181,22 +176,3 @@ class VQTokenizer(Tokenizer):
     def _grid(self, vectors: Tensor) -> Tensor:
         h, w = self.spec.shape
         return rearrange(vectors, "b (h w) d -> b d h w", h=h, w=w)
-
-
-def entropy_loss(affinities: Tensor) -> Tensor:
-    """Mean entropy of the tokens' code distributions minus entropy of their mean (as in MAGVIT-v2, arXiv 2310.05737).
-
-    Args:
-        affinities: `[B, N, K]`, larger for nearer codes; softmax at the official temperature of 0.01.
-    """
-    affinities = affinities / ENTROPY_TEMPERATURE
-    probabilities = affinities.softmax(dim=-1)
-    per_token = -(probabilities * affinities.log_softmax(dim=-1)).sum(dim=-1).mean()
-    mean = probabilities.mean(dim=(0, 1))
-    return per_token + (mean * (mean + 1e-5).log()).sum()
-
-
-def perplexity(ids: Tensor, size: int) -> Tensor:
-    """exp of the entropy of the ids' histogram over `size` codes: 1 if all are the same, `size` if evenly used."""
-    shares = ids.flatten().bincount(minlength=size) / ids.numel()
-    return torch.special.entr(shares).sum().exp()

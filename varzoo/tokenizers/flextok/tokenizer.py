@@ -24,6 +24,7 @@ from varzoo.core.errors import unknown
 from varzoo.core.keymap import KeyMap
 from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
+from varzoo.nn.codebook import perplexity
 from varzoo.nn.flow import Euler, Velocity
 from varzoo.nn.fsq import FSQ
 from varzoo.nn.guidance import Guidance
@@ -33,7 +34,6 @@ from varzoo.tokenizers.base import UINT8_RULES, Tokenizer
 from varzoo.tokenizers.flextok.networks import FlowDecoder, RegisterEncoder
 from varzoo.tokenizers.flextok.official import read_tree, rules, settings
 from varzoo.tokenizers.prefixes import Prefixes, initial_noise, padded
-from varzoo.tokenizers.vq import perplexity
 
 SOLVER = Euler()
 
