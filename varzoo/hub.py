@@ -77,7 +77,9 @@ PUBLISHED = {
                                      "vq16_t2i"),
     **{f"dar_{size}": Published(
         config=f"dar_{size}", repo="showlab/D-AR", file=f"D-AR-{size.upper()}-360K.pt", layout="llamagen",
-        licence="MIT (of the repository)", note="its tokenizer is not in varzoo yet") for size in ("l", "xl")},
+        licence="MIT (of the repository)", tokenizer="dar_v1") for size in ("l", "xl")},
+    "dar_v1": Published(config="dar_v1", repo="showlab/D-AR", file="D-AR-tokenizer_v1.pt", layout="dar",
+                        licence="MIT (of the repository)", note="the averaged weights under ema are used"),
     **{f"nar_{size}": _nar(f"nar_{size}", f"{owner}/NAR-imagenet-256-{size.upper()}")
        for owner, sizes in (("chenfeng1271", ("b", "l", "xxl")), ("yefly", ("m", "xl"))) for size in sizes},
     "nar_xl_t2i": _nar("nar_xl_t2i", "yefly/NAR-XL-t2i-stage1", "vq16_t2i"),

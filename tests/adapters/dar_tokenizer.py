@@ -28,18 +28,15 @@ REPA_NAMES = "diff_decoder.net.repa_out."
 def build(config: dict[str, Any], state: dict[str, Tensor], *, entropy_weight: float = 0.0) -> DARTokenizer:
     """A tokenizer with the official configuration and weights."""
     said, _ = settings(config)
-    size, channels = said["image_size"], said["code_channels"]
-    count = said["segments"]["tokens"]
     table = state["query_embedding.weight"].shape[1]
     encoder = said["encoder"] | {"query_rank": table if said["encoder"]["query_rank"] else None}
     hidden, width = state[f"{REPA_NAMES}0.weight"].shape
     repa = REPA(target=Target(), layer=config["diff_decoder"].get("repa_layer", 8) - 1, width=width, hidden=hidden,
                 channels=len(state[f"{REPA_NAMES}4.weight"]), grid=16, weight=0.5)
     model = DARTokenizer(
-        image_size=size, encoder=QueryEncoder(image_size=size, queries=count, code_channels=channels, **encoder),
-        contexts=CausalContexts(code_channels=channels, queries=count, **said["contexts"]),
-        network=VelocityNetwork(image_size=size, **said["network"]), segments=Segments(**said["segments"]),
-        codebook_size=said["codebook_size"], code_channels=channels, data_std=said["data_std"], commitment=0.25,
+        image_size=said["image_size"], encoder=QueryEncoder(**encoder), contexts=CausalContexts(**said["contexts"]),
+        network=VelocityNetwork(**said["network"]), segments=Segments(**said["segments"]),
+        codebook_size=said["codebook_size"], code_channels=said["code_channels"], data_std=said["data_std"], commitment=0.25,
         entropy_weight=entropy_weight, repa=repa, steps=said["steps"], order=2, uint8_rule="half_up")
     load_strictly(model, model.key_maps()["dar"].to_ours(state), "the golden state dict")
     return model.eval()

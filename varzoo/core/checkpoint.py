@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import tempfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,15 +149,11 @@ def _safe_open(path: Path) -> Iterator[Any]:
         ) from error
 
 
-class _StandIn(dict):
-    """What takes the place of a configuration class in a pickle: it keeps what it is given, and does nothing."""
+class _StandIn:
+    """What takes the place of a configuration class in a pickle: it becomes a dict, and runs nothing of the file's."""
 
-    def __init__(self, *arguments: Any, **entries: Any) -> None:
-        super().__init__(*(argument for argument in arguments if isinstance(argument, Mapping)), **entries)
-
-    def __setstate__(self, state: Any) -> None:
-        for part in state if isinstance(state, tuple) else (state,):
-            self.update(part or {})
+    def __new__(cls, *arguments: Any) -> OrderedDict[str, Any]:
+        return OrderedDict(*(argument for argument in arguments if isinstance(argument, Mapping)))
 
 
 # Classes of official files' configurations: MAR's arguments as they are, D-AR's config as a stand-in.
@@ -164,9 +161,9 @@ _HARMLESS = [argparse.Namespace, (_StandIn, "config_util.Config")]
 
 
 def _plain(value: Any) -> Any:
-    """Dicts and lists in place of stand-ins."""
+    """Dicts and lists all the way down; what an object kept as attributes is an entry too."""
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: _plain(entry) for key, entry in {**getattr(value, "__dict__", {}), **value}.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 

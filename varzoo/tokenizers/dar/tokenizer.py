@@ -1,7 +1,7 @@
 """D-AR's sequential diffusion tokenizer (arXiv 2505.23660): 1-D codes that paint an image by flow matching.
 
-Official code: showlab/D-AR, with which encoding, decoding, previews, losses and gradients agree. The i-th group of codes
-conditions the i-th part of the flow, so decoding begins when the first group is there (see `GroupStream`).
+Official code: showlab/D-AR, with which encoding, decoding, previews, losses and gradients agree. The i-th group of
+codes conditions the i-th part of the flow, so decoding begins when the first group is there (see `GroupStream`).
 
 As in the official code, and unlike the rest of varzoo's flows, time 0 is noise and 1 is data; Adams-Bashforth's method
 has the coefficients of a uniform grid although the grid is not uniform; codes behind the group that a training sample
