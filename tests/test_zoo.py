@@ -25,8 +25,7 @@ def test_published_models_fit_together(name: str) -> None:
     config = compose_config("sample", [f"model={name}", "checkpoint=none"])
     with torch.device("meta"):
         generator = build(config.generator)
-        if config.tokenizer is not None:  # D-AR's own tokenizer is not here yet
-            require_same_tokens(build(config.tokenizer).spec, generator.spec)
+        require_same_tokens(build(config.tokenizer).spec, generator.spec)
     build(config.sampler).check(generator)
 
 
@@ -61,7 +60,7 @@ def test_published_files_belong_to_configs() -> None:
     with pytest.raises(ValueError, match=r"unknown published checkpoint 'lamagen_b'\. Did you mean"):
         fetch("lamagen_b")
     tokenizers = {published.tokenizer for published in PUBLISHED.values()} - {None}
-    assert tokenizers == {"vq16", "vq16_t2i", "kl16"}
+    assert tokenizers == {"vq16", "vq16_t2i", "kl16", "dar_v1"}
 
 
 def test_published_files_are_fetched_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

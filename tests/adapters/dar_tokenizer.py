@@ -36,8 +36,9 @@ def build(config: dict[str, Any], state: dict[str, Tensor], *, entropy_weight: f
     model = DARTokenizer(
         image_size=said["image_size"], encoder=QueryEncoder(**encoder), contexts=CausalContexts(**said["contexts"]),
         network=VelocityNetwork(**said["network"]), segments=Segments(**said["segments"]),
-        codebook_size=said["codebook_size"], code_channels=said["code_channels"], data_std=said["data_std"], commitment=0.25,
-        entropy_weight=entropy_weight, repa=repa, steps=said["steps"], order=2, uint8_rule="half_up")
+        codebook_size=said["codebook_size"], code_channels=said["code_channels"], data_std=said["data_std"],
+        commitment=0.25, entropy_weight=entropy_weight, repa=repa, steps=said["steps"], order=2,
+        uint8_rule="half_up")
     load_strictly(model, model.key_maps()["dar"].to_ours(state), "the golden state dict")
     return model.eval()
 

@@ -20,7 +20,7 @@ class TokenSpec:
         shape: `(n,)` for a sequence, `(h, w)` for a grid, `(t, h, w)` for a video; flattened in raster order.
         size: codebook size of discrete tokens, channels of continuous ones.
         depth: ids per position: 1, RVQ levels, TokenBridge channels or bit groups.
-        prefix_decodes: whether the first k tokens alone decode to an image, for any k >= 1.
+        prefix_decodes: whether the first k tokens alone decode to an image, for any k >= 1 (D-AR: a group at least).
 
     Tokens of a batch are `[B, N]` int64 (discrete, depth 1), `[B, N, D]` int64 (discrete, depth D > 1) or
     `[B, N, C]` float (continuous), where N = prod(shape).
