@@ -70,6 +70,7 @@ def main() -> None:
     images = torch.stack([dataset[index]["image"] for index in range(min(options.images, len(dataset)))])
     length = tokenizer.spec.length
     counts = list(range(1, length + 1)) if length <= 32 else [*range(1, 17), *range(32, length + 1, 16)]
+    counts = [k for k in counts if k >= tokenizer.shortest_prefix]
     error, decoded = errors(tokenizer, images, counts, Draws(options.seed, range(len(images))))
 
     out = options.out or options.checkpoint / "prefix"

@@ -55,6 +55,7 @@ class Tokenizer(nn.Module, ABC):
         spec: what its tokens look like at `image_size`.
         image_size: (height, width) in pixels of the images that `spec` speaks of.
         uint8_rule: how `to_uint8` rounds.
+        shortest_prefix: where any prefix decodes, the fewest tokens that do.
         options: names of the keyword arguments that `decode` takes besides tokens and draws, such as solver steps.
         needs_objective: whether training compares reconstructions with originals; else its own losses are all.
     """
@@ -65,6 +66,7 @@ class Tokenizer(nn.Module, ABC):
     spec: TokenSpec
     image_size: tuple[int, int]
     uint8_rule: str = "round"
+    shortest_prefix: int = 1
 
     @abstractmethod
     def compress(self, images: Tensor) -> Tensor:

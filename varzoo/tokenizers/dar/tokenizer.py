@@ -69,6 +69,7 @@ class DARTokenizer(Tokenizer):
         self.image_size, self.uint8_rule = tuple(image_size), uint8_rule
         self.encoder, self.contexts, self.network, self.repa = encoder, contexts, network, repa
         self.segments, self.data_std = segments, data_std
+        self.shortest_prefix = segments.group_size
         self.commitment, self.entropy_weight = commitment, entropy_weight
         self.steps, self.order = steps, order
         self.embedding = nn.Embedding(codebook_size, code_channels)
