@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,9 +11,16 @@ from torch import Tensor
 
 from tests.golden_case import Case
 from varzoo.core.checkpoint import load_strictly
-from varzoo.core.draws import Recorded, RecordedDraws
+from varzoo.core.draws import Draws, Recorded, RecordedDraws
+from varzoo.core.spec import TokenSpec
+from varzoo.generators.base import Batch, Condition
+from varzoo.generators.causal import cross_entropy
+from varzoo.generators.conditioners import CaptionPrefix, ClassPrefix
+from varzoo.generators.rq import RQTransformer
+from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.residual_quantizer import ResidualQuantizer
 from varzoo.predictions.categorical import Categorical
+from varzoo.samplers import Autoregressive
 from varzoo.tokenizers.rq import (
     RQTokenizer,
     commitment_loss,
@@ -119,8 +128,6 @@ def ema(case: Case) -> dict[str, Any]:
 
 def sampling_filters(case: Case) -> dict[str, Any]:
     """An output's name says its settings: t07 is temperature 0.7, k9 top-k 9, p06 top-p 0.6, p1 top-p 1."""
-    import re
-
     logits = case.inputs["logits"][:, None]
     prediction = Categorical(logits=logits, positions=torch.zeros(len(logits), 1, dtype=torch.long))
     outputs = {}
@@ -133,7 +140,90 @@ def sampling_filters(case: Case) -> dict[str, Any]:
     return outputs
 
 
+def transformer_of(config: dict[str, Any], state: dict[str, Tensor]) -> RQTransformer:
+    height, width, depth = config["block_size"]
+    length, vocabulary = config["block_size_cond"], config["vocab_size_cond"]
+    conditioner = (ClassPrefix(num_classes=vocabulary, width=config["embed_dim"], drop=0.0) if length == 1
+                   else CaptionPrefix(length=length, vocabulary=vocabulary, width=config["embed_dim"]))
+    by_codebook = config.get("input_emb_vqvae", False)
+    assert by_codebook == config.get("head_emb_vqvae", False), "body and head embed codes alike"
+    model = RQTransformer(
+        spec=TokenSpec(kind="discrete", shape=(height, width), size=config["vocab_size"], depth=depth),
+        conditioner=conditioner, width=config["embed_dim"], body_depth=config["body"]["n_layer"],
+        body_heads=config["body"]["block"]["n_head"], head_depth=config["head"]["n_layer"],
+        head_heads=config["head"]["block"]["n_head"],
+        code_channels=config["input_embed_dim"] if by_codebook else None, shared_table=config["shared_tok_emb"],
+        cumulative=config.get("cumsum_depth_ctx", False), shared_classifier=config["shared_cls_emb"], dropout=0.1)
+    books = [state[name][:-1] for name in sorted(state) if name.startswith("quantizer.codebooks.")
+             and name.endswith("weight")]
+    own = {name: value for name, value in state.items() if not name.startswith("quantizer.")}
+    load_strictly(model, model.key_maps()["rqvae"].to_ours(own), "golden case")
+    if by_codebook:
+        model.use_codebook(torch.stack(books) if len(books) > 1 else books[0])
+    return model.eval()
+
+
+def condition_of(model: RQTransformer, cond: Tensor) -> Condition:
+    return Condition.classes(cond.flatten()) if model.num_classes is not None else Condition.captions(cond)
+
+
+@torch.no_grad()
+def transformer(case: Case) -> dict[str, Any]:
+    model = transformer_of(case.config, case.state_dict)
+    codes, condition = case.inputs["codes"], condition_of(model, case.inputs["cond"])
+    tokens, grid = codes.flatten(1, 2), codes.shape[1:3]
+    batch = Batch(tokens=tokens, condition=condition)
+    draws = RecordedDraws({"drop_condition": Recorded(torch.ones(len(codes)), "batch")}, tuple(range(len(codes))))
+    losses = model.loss(batch, draws, 0.0)
+    logits, states = model.logits(tokens, condition), model._contexts(tokens, condition, None)[1]
+    outputs = {"logits": logits.unflatten(1, grid), "ce": losses.parts["cross_entropy"],
+               "ce_per_depth": torch.stack([cross_entropy(logits[:, :, level], tokens[..., level]).mean()
+                                            for level in range(model.levels)])}
+    if condition.ids is not None:
+        outputs |= {"cond_logits": model.caption_logits(states), "cond_ce": losses.parts["caption"]}
+    if "greedy" in case.outputs:
+        outputs["greedy"] = greedy(model, condition).unflatten(1, grid)
+    soft = case.inputs.get("soft_target")
+    if soft is not None:
+        soft = soft.flatten(1, 2)
+        outputs["soft_ce"] = model.loss(replace(batch, extras={"soft_targets": soft}), draws,
+                                        0.0).parts["cross_entropy"]
+    return outputs
+
+
+def greedy(model: RQTransformer, condition: Condition) -> Tensor:
+    draws = Draws(0, tuple(range(condition.size)))
+    return Autoregressive(draw={"temperature": 0.0}).sample(model, condition, draws).tokens
+
+
+def transformer_sample(case: Case) -> dict[str, Any]:
+    config, sampling = case.config.get("model", case.config), case.config.get("sampling", {"top_k": 1})
+    model = transformer_of(config, case.state_dict)
+    condition, (height, width, depth) = condition_of(model, case.inputs["cond"]), config["block_size"]
+    logits, kept, next_logits = [], [], model.next_logits
+
+    def recording(context: Tensor, ids: Tensor, cache: KVCache) -> Tensor:
+        logits.append(next_logits(context, ids, cache))
+        level = ids.shape[-1]
+        at = {name: value[level] if isinstance(value, list) else value for name, value in sampling.items()}
+        kept.append((Categorical(logits=logits[-1], positions=torch.zeros(1)).filtered(
+            filters=("top_k", "top_p_strict"), **at).softmax(-1) > 0).sum(-1))
+        return logits[-1]
+
+    model.next_logits = recording
+    draws = RecordedDraws({"token": Recorded(case.inputs["u"].flatten(1, 2), "batch pos level")} if "u" in case.inputs
+                          else {}, tuple(range(condition.size)))
+    settings = sampling if "u" in case.inputs else {"temperature": 0.0}
+    tokens = Autoregressive(draw=settings).sample(model, condition, draws).tokens
+    grid = lambda values: torch.cat(values, dim=1).unflatten(1, (height, width, depth))  # noqa: E731
+    return {"codes": tokens.unflatten(1, (height, width)), "logits": grid(logits), "kept": grid(kept)}
+
+
 KINDS = {
+    "rqvae/transformer_class": transformer,
+    "rqvae/transformer_text": transformer,
+    "rqvae/transformer_class_sample": transformer_sample,
+    "rqvae/transformer_class_sampled": transformer_sample,
     "rqvae/autoencoder": autoencoder,
     "rqvae/quantizer_folded": quantizer_folded,
     "rqvae/ema_shared_restart": ema,
