@@ -28,14 +28,16 @@ class MaskPlan:
     Args:
         steps: number of AR steps; with more steps than tokens, those that would draw nothing are skipped.
         law: (steps done, steps in all) -> share of tokens still masked.
+        noise: of Gumbel noise on confidences, falling to 0 at the last step, where confidence decides what to keep.
     """
 
     steps: int
     law: Callable[[int, int], float] = cosine
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"a mask plan needs at least 1 step, got {self.steps}.")
+        if self.steps < 1 or self.noise < 0:
+            raise ValueError(f"a mask plan needs at least 1 step and noise >= 0, got {self.steps} and {self.noise}.")
 
     def left(self, index: int, masked: int, total: int) -> int:
         """MAR's `mask_len` of a step that starts with `masked` tokens: at least one is drawn, at least one left."""

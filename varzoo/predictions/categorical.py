@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Categorical(Prediction):
     logits: Tensor
     positions: Tensor
     redraw: int | None = None
+    carry: Any = None
 
     options: ClassVar[frozenset[str]] = frozenset({"temperature", "top_k", "top_p", "filters"})
 
