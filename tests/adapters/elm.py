@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from tests.adapters.llamagen import generate
@@ -14,10 +15,12 @@ from varzoo.core.draws import Draws, Recorded, RecordedDraws
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import RISES, Rise
 from varzoo.generators.base import Batch, Condition
+from varzoo.generators.causal import guide
 from varzoo.generators.conditioners import ClassPrefix
 from varzoo.generators.elm import ELM, MaskedELM
 from varzoo.generators.masked import MaskPlan
 from varzoo.samplers import Autoregressive
+from varzoo.tokenizers.binary import BinaryTokenizer, pack_bits, unpack_bits
 
 
 def build(kind: type, config: dict[str, Any], state: dict[str, Tensor], **settings: Any) -> ELM | MaskedELM:
@@ -107,7 +110,6 @@ def mlm_sample(case: Case) -> dict[str, Any]:
             fed.append(stacked(decoding.tokens).masked_fill(decoding._masked[..., None], model.spec.size))
             logits = torch.cat([model.logits(decoding.tokens, decoding._masked, each)
                                 for each in decoding._conditions])
-            from varzoo.generators.causal import guide
             log_probs.append(guide(logits, decoding.guidance(step)).log_softmax(-1).flatten(1, -2))
             return prediction
 
@@ -122,7 +124,38 @@ def mlm_sample(case: Case) -> dict[str, Any]:
             "log_probs_last": log_probs[-1]}
 
 
+def bits(case: Case) -> dict[str, Any]:
+    groups, rows = case.config["token_each"], rearrange(case.inputs["bits"], "b c h w -> b (h w) c")
+    ids = pack_bits(rows, groups)
+    assert torch.equal(unpack_bits(ids, groups, rows.shape[-1]), rows)
+    return {"indices": stacked(ids)}
+
+
+def bae_of(config: dict[str, Any], state: dict[str, Tensor]) -> BinaryTokenizer:
+    levels = range(len(config["ch_mult"]))
+    tokenizer = BinaryTokenizer(
+        image_size=config["img_size"], width=config["nf"], multipliers=config["ch_mult"],
+        blocks_per_level=config["res_blocks"], decoder_blocks_per_level=int(config["res_blocks"] * config["gen_mul"]),
+        attention_levels=[level for level in levels if config["img_size"] >> level in config["attn_resolutions"]],
+        channels=config["emb_dim"], bits=config["codebook_size"], groups=1, input_norm=config["norm_first"],
+        deterministic=config["deterministic"], undecided=0.0, uint8_rule="round")
+    load_strictly(tokenizer, tokenizer.key_maps()["elm"].to_ours(state), "golden case")
+    return tokenizer.eval()
+
+
+@torch.no_grad()
+def bae(case: Case) -> dict[str, Any]:
+    tokenizer = bae_of(case.config, case.state_dict)
+    probabilities = tokenizer.compress(2 * case.inputs["x"] - 1)
+    drawn = unpack_bits(tokenizer.tokens(probabilities), 1, probabilities.shape[-1])
+    grid = lambda rows: rearrange(rows, "b (h w) c -> b c h w", h=tokenizer.spec.shape[0])  # noqa: E731
+    return {"probs": grid(probabilities), "bits": grid(drawn), "quant": tokenizer.vectors(drawn.float()),
+            "image": (tokenizer.decode(tokenizer.tokens(probabilities)) + 1) / 2}
+
+
 KINDS = {
+    "elm/bits": bits,
+    "elm/bae": bae,
     "elm/ar_forward": ar_forward,
     "elm/ar_sample": ar_sample,
     "elm/ar_sample_sampled": ar_sample_sampled,
