@@ -53,8 +53,9 @@ def small_generator(text: bool = False, **options) -> RQTransformer:
     return model.eval()
 
 
-KINDS = {"class": {}, "text": {"text": True}, "text_tables": {"text": True, "code_channels": None, "shared_table": False,
-                                                              "shared_classifier": False, "cumulative": False}}
+KINDS = {"class": {}, "text": {"text": True},
+         "text_tables": {"text": True, "code_channels": None, "shared_table": False, "shared_classifier": False,
+                         "cumulative": False}}
 
 
 def condition_of(model: RQTransformer, size: int) -> Condition:
@@ -282,7 +283,8 @@ def test_an_image_does_not_depend_on_its_batch(kind: str) -> None:
     some = Condition(size=3, **{name: value[order] for name, value in vars(condition).items()
                                 if isinstance(value, Tensor)})
     assert torch.equal(draw(model, some, tuple(order.tolist())), together[order])
-    one = Condition(size=1, **{name: value[4:5] for name, value in vars(condition).items() if isinstance(value, Tensor)})
+    one = Condition(size=1, **{name: value[4:5] for name, value in vars(condition).items()
+                               if isinstance(value, Tensor)})
     assert torch.equal(draw(model, one, (4,)), together[4:5])
     assert len({tuple(row.flatten().tolist()) for row in together}) == 6
 

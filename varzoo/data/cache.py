@@ -223,7 +223,7 @@ def _complete(partial: Path, folder: Path) -> None:
 
 
 def _compress(tokenizer: Tokenizer, images: Tensor) -> np.ndarray:
-    """Images `[B, views, 3, H, W]` -> `[B, views, *shape]`, ids in the smallest unsigned type, latents and moments in float32.
+    """Images `[B, views, 3, H, W]` -> `[B, views, *shape]`, ids in the smallest unsigned type, all else in float32.
 
     Images of another size than the tokenizer's are resized first.
     """

@@ -1,7 +1,7 @@
-"""ELM (arXiv 2410.16257): language models of binary tokens, whose bits are split into T groups of D, T ids per position.
+"""ELM (arXiv 2410.16257): language models of binary tokens, their bits split into T groups of D: T ids per position.
 
-Official code: Pepper-lll/LMforImageGeneration, built on LlamaGen's. `ELM` is autoregressive: a position is one token of a
-LLaMA decoder, embedded as the projected concatenation of its T ids; T heads predict the next position's ids at once.
+Official code: Pepper-lll/LMforImageGeneration, built on LlamaGen's. `ELM` is autoregressive: a position is one token of
+a LLaMA decoder, embedded as the projected concatenation of its T ids; T heads predict the next position's ids at once.
 `MaskedELM` predicts masked positions from both sides, every id a token of its own, and keeps what it is surest of.
 
 As in the official code, rotary rows of the class token are zeros, so its queries and keys vanish: autoregressively it

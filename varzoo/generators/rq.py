@@ -1,8 +1,8 @@
 """RQ-Transformer (arXiv 2203.01941, section 3.2): a body over positions, a small head over the codes of each.
 
-Official code: kakaobrain/rq-vae-transformer. The body is causal over conditions and positions, in raster order, and gives
-a context per position; the head starts at the context and predicts the D codes of the position one after the other. There
-is no classifier-free guidance. As in the official code:
+Official code: kakaobrain/rq-vae-transformer. The body is causal over conditions and positions, in raster order, and
+gives a context per position; the head starts at the context and predicts the D codes of the position one after the
+other. There is no classifier-free guidance. As in the official code:
 - codes come in as the tokenizer's code vectors; the affine map in front of the body acts on every level's vector, bias
   included, and then they are summed, while the head sees the sums of the vectors so far;
 - the head is not told where on the grid it is; neither transformer ends in a norm, the classifiers begin with one.
@@ -183,7 +183,8 @@ class RQTransformer(CausalGenerator):
             "cond_emb.weight": "conditioner.table.weight", "tok_emb.weight": "token_table.weight",
             "input_mlp.{p}": "input_map.{p}", "head_mlp.{p}": "head_map.{p}",
             "classifier.layer_norm.{p}": "classifier_norm.{p}", "classifier.linear.{p}": "classifier.{p}",
-            "cond_classifier.layer_norm.{p}": "caption_norm.{p}", "cond_classifier.linear.{p}": "caption_classifier.{p}",
+            "cond_classifier.layer_norm.{p}": "caption_norm.{p}",
+            "cond_classifier.linear.{p}": "caption_classifier.{p}",
         }
         offsets = None
         if self.code_channels is None and not self.shared_table:
@@ -209,5 +210,6 @@ class RQTransformer(CausalGenerator):
 
     def _classify(self, hidden: Tensor, levels: slice) -> Tensor:
         hidden = self.classifier_norm(hidden)
-        logits = self.classifier(hidden, levels) if isinstance(self.classifier, LevelLinear) else self.classifier(hidden)
-        return logits.float()
+        if isinstance(self.classifier, LevelLinear):
+            return self.classifier(hidden, levels).float()
+        return self.classifier(hidden).float()

@@ -1,8 +1,8 @@
 """Residual vector quantisation with codebooks learned by moving averages (RQ-VAE, arXiv 2203.01941, section 3.1).
 
-A vector becomes D codes: the nearest code, the one nearest to what is left of the vector, and so on; it is decoded as the
-sum of their vectors. The codebooks have no gradients: each code follows a moving average of the vectors it was chosen
-for, and a code that is hardly ever chosen is restarted at one of the vectors of the batch.
+A vector becomes D codes: the nearest code, the one nearest to what is left of the vector, and so on; it is decoded as
+the sum of their vectors. The codebooks have no gradients: each code follows a moving average of the vectors it was
+chosen for, and a code that is hardly ever chosen is restarted at one of the vectors of the batch.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class GeneratorTraining(TrainingModule):
 
     @torch.no_grad()
     def tokenized(self, batch: Mapping[str, Any], draws: Draws | None) -> Batch:
-        """A cached batch as tokens, drawn from the posterior if draws are given, then with what else the tokenizer says.
+        """A cached batch as tokens, drawn from the posterior if draws are given, then with the tokenizer's extras.
 
         Copies become extras by name.
         """
