@@ -72,7 +72,7 @@ class ELM(LlamaGenerator):
         tables = ([Rename("tok_embedder.weight", "embedding.weight")] if self.spec.depth == 1 else
                   [Concat([f"tok_embedder.{group}.weight" for group in groups], "embedding.weight"),
                    Rename("proj.weight", "projection.weight")])
-        return {"elm": KeyMap([*LLAMA_RULES, *tables, Rename("norm.weight", "stack.norm.weight"),
+        return {"elm": KeyMap([*tables, *LLAMA_RULES, Rename("norm.weight", "stack.norm.weight"),
                                Concat([f"output.{group}.weight" for group in groups], "head.weight")])}
 
 
@@ -151,7 +151,7 @@ class MaskedELM(Generator):
     def key_maps(self) -> dict[str, KeyMap]:
         """Official files also hold weights that nothing uses: `proj`, `pos_embed` and `output`."""
         return {"elm": KeyMap([
-            *LLAMA_RULES, Rename("tok_embedder.weight", "embedding.weight"), Rename("norm.weight", "stack.norm.weight"),
+            Rename("tok_embedder.weight", "embedding.weight"), *LLAMA_RULES, Rename("norm.weight", "stack.norm.weight"),
             Rename("mlm_layer.bias", "bias", convert=lambda bias: bias.flatten(),
                    revert=lambda bias: bias[None, None]),
             Rename("mlm_layer.fc.{p}", "transform.0.{p}"), Rename("mlm_layer.ln.{p}", "transform.2.{p}"),

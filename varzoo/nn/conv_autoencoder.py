@@ -155,9 +155,9 @@ def binary_autoencoder_rules(*, multipliers: Sequence[int], blocks_per_level: in
         for number, (kind, name, shortcut) in enumerate(lists[part]):
             official, ours = f"{part}.blocks.{number}", f"{mine}.{name}" if name else "input_norm"
             if kind == "resnet":
-                rules += _resnet(official, ours)
                 rules.append(Rename(f"{official}.conv_out.{{p}}", f"{ours}.conv_shortcut.{{p}}") if shortcut
                              else Ignore(f"{official}.conv_out.{{p}}"))
+                rules += _resnet(official, ours)
             elif kind == "attention":
                 rules += _attention(official, ours)
             else:
