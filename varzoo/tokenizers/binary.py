@@ -86,7 +86,7 @@ class BinaryTokenizer(Tokenizer):
         """Probabilities -> ids, of the likelier bits, or of Bernoulli draws."""
         return pack_bits(self._bits(compressed, draws), self.spec.depth)
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, draws: AnyDraws | None = None) -> Tensor:
         """Ids `[B, N, T]` (`[B, N]` with one group) -> images `[B, 3, H, W]`, not clamped."""
         expected = (self.spec.length, self.spec.depth)[:1 + (self.spec.depth > 1)]
         if tokens.shape[1:] != expected:

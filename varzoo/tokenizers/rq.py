@@ -108,7 +108,7 @@ class RQTokenizer(Tokenizer):
         soft = self.quantizer.soft(compressed, self._stack(tokens), self.temperature)
         return {"soft_targets": soft[..., 0, :] if self.spec.depth == 1 else soft}
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, draws: AnyDraws | None = None) -> Tensor:
         """Ids -> images `[B, 3, H, W]`, not clamped. ValueError for ids of another shape or outside the codebook."""
         return self._paint(self.embed(tokens).sum(dim=-2))
 
