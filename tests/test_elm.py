@@ -156,7 +156,7 @@ def test_bad_input_is_refused() -> None:
         Rise(2.0, "cosine")
     with pytest.raises(ValueError, match=r"MaskedELM leaves the number of steps open: give plan=MaskPlan"):
         Autoregressive().sample(tiny(MaskedELM), Condition.classes(torch.tensor([1])), Draws(0, (0,)))
-    with pytest.raises(ValueError, match="a mask plan needs at least 1 step and noise >= 0"):
+    with pytest.raises(ValueError, match="noise on confidences must be at least 0, got -1"):
         MaskPlan(steps=2, noise=-1.0)
 
 

@@ -28,7 +28,8 @@ class MaskPlan:
     Args:
         steps: number of AR steps; with more steps than tokens, those that would draw nothing are skipped.
         law: (steps done, steps in all) -> share of tokens still masked.
-        noise: of Gumbel noise on confidences, falling to 0 at the last step, where confidence decides what to keep.
+        noise: scale of Gumbel noise on confidences, falling to 0 at the last step; for generators that keep what they
+            are surest of (ELM's), no other looks at it.
     """
 
     steps: int
@@ -36,8 +37,10 @@ class MaskPlan:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.noise < 0:
-            raise ValueError(f"a mask plan needs at least 1 step and noise >= 0, got {self.steps} and {self.noise}.")
+        if self.steps < 1:
+            raise ValueError(f"a mask plan needs at least 1 step, got {self.steps}.")
+        if self.noise < 0:
+            raise ValueError(f"the noise on confidences must be at least 0, got {self.noise:g}.")
 
     def left(self, index: int, masked: int, total: int) -> int:
         """MAR's `mask_len` of a step that starts with `masked` tokens: at least one is drawn, at least one left."""
