@@ -155,6 +155,9 @@ rows = range(rank * share, (rank + 1) * share)
 for step in range(5):
     quantizer(x[step, rows.start:rows.stop], Draws(7, rows).keyed(iteration=step))
 torch.save(quantizer.state_dict(), sys.argv[4])
+if world > 1:
+    distributed.barrier()  # none leaves while another still needs it
+    distributed.destroy_process_group()
 """
 
 
