@@ -60,7 +60,7 @@ def test_published_files_belong_to_configs() -> None:
     with pytest.raises(ValueError, match=r"unknown published checkpoint 'lamagen_b'\. Did you mean"):
         fetch("lamagen_b")
     tokenizers = {published.tokenizer for published in PUBLISHED.values()} - {None}
-    assert tokenizers == {"vq16", "vq16_t2i", "kl16", "dar_v1"}
+    assert tokenizers == {"vq16", "vq16_t2i", "kl16", "dar_v1", "rq_f32", "bae_16", "bae_20", "bae_24"}
 
 
 def test_published_files_are_fetched_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

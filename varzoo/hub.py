@@ -56,10 +56,24 @@ def _flextok(config: str, name: str) -> Published:
                      note="file names there are not verified")
 
 
+def _elm(config: str, file: str, tokenizer: str | None = None) -> Published:
+    return Published(config=config, repo="xuantonglll/ELM", file=file, layout="elm", licence="not stated",
+                     tokenizer=tokenizer)
+
+
+def _rq(config: str, tokenizer: str | None = None) -> Published:
+    return Published(
+        config=config, repo=None, file="the checkpoint", layout="rqvae", licence="CC-BY-NC-SA 4.0", tokenizer=tokenizer,
+        note="in a tar.gz that the official README links to; extract it, the averaged weights under state_dict_ema are "
+             "used where there are any")
+
+
 def _nar(config: str, repo: str, tokenizer: str = "vq16") -> Published:
     return Published(config=config, repo=repo, file=None, layout="nar", licence="not stated", tokenizer=tokenizer)
 
 
+ELM_SPLITS = {"l": ((1, 16), (2, 8), (2, 10), (2, 12)), "xl": ((1, 16), (2, 8), (2, 10), (2, 12)),
+              "xxl": ((1, 16), (2, 10), (2, 12)), "2b": ((2, 12),)}  # groups of bits
 PUBLISHED = {
     "vq16": _llamagen("vq16", "vq_ds16_c2i.pt", tokenizer=None),
     "vq8": _llamagen("vq8", "vq_ds8_c2i.pt", tokenizer=None),
@@ -104,6 +118,14 @@ PUBLISHED = {
         config=f"himar_{size}", repo="HiDream-ai/Hi-MAR", file=f"Hi-MAR-{size.upper()}/checkpoint-last.pth",
         layout="himar", licence="not stated", tokenizer="kl16",
         note="the averaged weights under model_ema are used") for size in "blh"},
+    "rq_f32": _rq("rq_f32"),
+    **{f"rq_{size}": _rq(f"rq_{size}", "rq_f32") for size in ("480m", "821m", "1_4b", "3_8b")},
+    **{f"bae_{bits}": _elm(f"bae_{bits}", f"bae/bae_{bits}/binaryae_ema.th") for bits in (16, 20, 24)},
+    **{f"elm_{size}_{groups}_{bits}": _elm(f"elm_{size}_{groups}_{bits}", f"gpt/{size.upper()}-{groups}-{bits}.pth",
+                                           f"bae_{groups * bits}")
+       for size, splits in ELM_SPLITS.items() for groups, bits in splits},
+    **{f"elm_mlm_{size}": _elm(f"elm_mlm_{size}", f"gpt/mlm{size.upper()}-1-16.pth", "bae_16")
+       for size in ("l", "xl", "xxl")},
 }
 
 

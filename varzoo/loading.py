@@ -47,7 +47,7 @@ class Model:
     decode: Mapping[str, Any] = field(default_factory=dict)  # options of the tokenizer's `decode`
 
     def __post_init__(self) -> None:
-        require_same_tokens(self.tokenizer.spec, self.generator.spec)
+        fit_together(self.tokenizer, self.generator)
         self.sampler.check(self.generator)
         for name in self.decode:
             if name not in self.tokenizer.options:
@@ -92,6 +92,13 @@ class Model:
 
         counts = self.sampler.sample(self.generator, condition, draws, follow).counts
         return self.tokenizer.to_uint8(stream.preview()), counts
+
+
+def fit_together(tokenizer: Tokenizer, generator: Generator) -> None:
+    """Compose the two: their tokens must be the same, and a generator that embeds with the codebook gets it."""
+    require_same_tokens(tokenizer.spec, generator.spec)
+    if generator.embeds_codebook:
+        generator.use_codebook(tokenizer.codebook())
 
 
 def build(config: Mapping[str, Any] | DictConfig) -> Any:

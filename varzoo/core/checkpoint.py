@@ -58,8 +58,8 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
     return json.loads(text) if text else None
 
 
-def read_weights(path: str | Path, entries: Sequence[str] = ("model_ema", "ema", "model", "module", "state_dict"),
-                 ) -> dict[str, Tensor]:
+def read_weights(path: str | Path, entries: Sequence[str] = ("model_ema", "ema", "state_dict_ema", "model", "module",
+                                                              "state_dict")) -> dict[str, Tensor]:
     """Read the state dict of a .safetensors or a PyTorch file, without ever running code from it.
 
     Args:

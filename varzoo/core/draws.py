@@ -218,3 +218,15 @@ class RecordedDraws:
 
 
 AnyDraws = Draws | RecordedDraws
+
+
+def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids `[...]` that uniforms `[...]` in [0, 1) pick from (unnormalised) probabilities `[..., V]`.
+
+    The sum runs in float64; an id of probability 0 is never picked, even where rounding makes a uniform reach 1.
+    """
+    cumulative = probabilities.double().cumsum(dim=-1)
+    total = cumulative[..., -1:].contiguous()
+    ids = torch.searchsorted(cumulative, uniforms.double()[..., None] * total, right=True)
+    last = torch.searchsorted(cumulative, total)  # the last id that adds anything
+    return torch.minimum(ids, last)[..., 0]

@@ -129,6 +129,37 @@ class Ramp(Schedule):
         return 1 + (self.scale - 1) * min(1.0, step.index / (self.until * step.of))
 
 
+RISES = {
+    # name: share r of the steps that are done after this one, and before it -> share of the way from 1 to the scale
+    "linear": lambda after, before: after,
+    "constant": lambda after, before: 1.0,
+    "cos": lambda after, before: math.cos(math.pi * (after - 1) / 2),
+    "log": lambda after, before: math.log1p(after * (math.e - 1)),
+    "square": lambda after, before: after**2,
+    "square_root": lambda after, before: math.sqrt(before),
+}
+
+
+@dataclass(frozen=True)
+class Rise(Schedule):
+    """From about 1 to `scale` along a law of the steps (ELM, arXiv 2410.16257).
+
+    Args:
+        scale: at the last step; "square_root" alone stops short of it, and begins at 1.
+        law: "linear", "constant", "cos", "log", "square" or "square_root".
+    """
+
+    scale: float
+    law: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.law not in RISES:
+            raise unknown("law of guidance", self.law, RISES)
+
+    def __call__(self, step: Step) -> float:
+        return 1 + (self.scale - 1) * RISES[self.law]((step.index + 1) / step.of, step.index / step.of)
+
+
 ANNEALING = {
     # name: (step index s, last index n) -> numerator and denominator of the share of the annealed steps that is kept
     "linear": lambda s, n: (n - s, n),

@@ -223,7 +223,7 @@ def _complete(partial: Path, folder: Path) -> None:
 
 
 def _compress(tokenizer: Tokenizer, images: Tensor) -> np.ndarray:
-    """Images `[B, views, 3, H, W]` -> `[B, views, *shape]`, ids in the smallest unsigned type, moments in float32.
+    """Images `[B, views, 3, H, W]` -> `[B, views, *shape]`, ids in the smallest unsigned type, all else in float32.
 
     Images of another size than the tokenizer's are resized first.
     """
@@ -231,7 +231,7 @@ def _compress(tokenizer: Tokenizer, images: Tensor) -> np.ndarray:
     with torch.no_grad():  # view by view, so that memory does not grow with their number
         views = [_resized(view.to(device), tuple(tokenizer.image_size)) for view in images.unbind(1)]
         compressed = torch.stack([tokenizer.compress(view).cpu() for view in views], 1)
-    if tokenizer.spec.kind == "continuous":
+    if compressed.is_floating_point():
         return compressed.float().numpy()
     if int(compressed.min()) < 0 or int(compressed.max()) >= tokenizer.spec.size:
         raise ValueError(f"the tokenizer gave ids {int(compressed.min())} .. {int(compressed.max())}, outside its "

@@ -37,14 +37,16 @@ class Condition:
         size: number of samples B.
         labels: `[B]` int64 class ids.
         features: `[B, T, C]` text features, with `mask` `[B, T]` (True where valid).
+        ids: `[B, T]` int64 text token ids, of generators that embed text themselves.
 
-    With neither labels nor features the batch is unconditional (the generator's null condition).
+    With none of them the batch is unconditional (the generator's null condition).
     """
 
     size: int
     labels: Tensor | None = None
     features: Tensor | None = None
     mask: Tensor | None = None
+    ids: Tensor | None = None
 
     @classmethod
     def classes(cls, labels: Tensor) -> Condition:
@@ -55,12 +57,17 @@ class Condition:
         return cls(size=len(features), features=features, mask=mask.bool())
 
     @classmethod
+    def captions(cls, ids: Tensor) -> Condition:
+        return cls(size=len(ids), ids=ids)
+
+    @classmethod
     def nothing(cls, size: int) -> Condition:
         return cls(size=size)
 
     def to(self, device: torch.device | str) -> Condition:
         move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
-        return Condition(size=self.size, labels=move(self.labels), features=move(self.features), mask=move(self.mask))
+        return Condition(size=self.size, labels=move(self.labels), features=move(self.features), mask=move(self.mask),
+                         ids=move(self.ids))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +116,15 @@ class Generator(nn.Module, ABC):
     Attributes:
         spec: the tokens it models.
         num_classes: class labels it knows, None if it is not class-conditional.
+        embeds_codebook: whether it embeds codes by the tokenizer's code vectors; `use_codebook` then gives it those
+            when tokenizer and generator are composed.
         predicts: the kind of prediction per phase; samplers check their options against it.
         offers: abilities beyond the plain protocol that a sampler may need ("verify", "features", ...).
     """
 
     spec: TokenSpec
     num_classes: int | None
+    embeds_codebook: ClassVar[bool] = False
     predicts: ClassVar[Mapping[str, type[Prediction]]]
     offers: ClassVar[frozenset[str]] = frozenset()
 
@@ -145,6 +155,10 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def key_maps(self) -> dict[str, KeyMap]:
         """Official checkpoint layouts by name."""
+
+    def use_codebook(self, codebook: Tensor) -> None:
+        """Take the tokenizer's code vectors, `[K, C]` or `[D, K, C]`; they are not part of this generator's weights."""
+        raise NotImplementedError(f"{type(self).__name__} embeds codes without the tokenizer's codebook.")
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies to a parameter: by default to all with two or more dimensions."""

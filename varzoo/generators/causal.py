@@ -54,7 +54,7 @@ class CausalGenerator(Generator):
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
-        """Ids `[B, m k]`, cell by cell -> embeddings `[B, m, width]`."""
+        """Ids `[B, m k]` or, of depth D, `[B, m k, D]`, cell by cell -> embeddings `[B, m, width]`."""
 
     @abstractmethod
     def run(self, x: Tensor, slots: slice, *, sight: Sight, cache: KVCache | None = None) -> list[Tensor]:
@@ -66,7 +66,7 @@ class CausalGenerator(Generator):
 
     @abstractmethod
     def project(self, head: int, features: Tensor) -> Tensor:
-        """Features `[B, n, width]` of positions -> logits `[B, n, V]`, by an affine map."""
+        """Features `[B, n, width]` of positions -> logits `[B, n, V]` or `[B, n, D, V]`, by an affine map."""
 
     def features(self, head: int, hidden: Tensor) -> Tensor:
         """Hidden states `[B, m, width]` that a head reads -> features `[B, m k, width]` of the ids it predicts."""
@@ -127,6 +127,10 @@ class CausalGenerator(Generator):
             logits = logits.add_(part) if reading.to is None else logits.index_add_(1, reading.to, part)
         return logits.mul_(turn.share)
 
+    def prediction(self, features: Sequence[Tensor], turn: Turn, positions: Tensor) -> Prediction:
+        """What the (guided) features of a turn say about its positions `[B, n]`."""
+        return Categorical(logits=self.merge(features, turn), positions=positions)
+
     def teach(self, batch: Batch, draws: AnyDraws) -> Tensor:
         """Teacher-forced logits of a training batch, some of its conditions dropped."""
         self.check_condition(batch.condition)
@@ -158,8 +162,9 @@ def known_keys(valid: Tensor, length: int) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Mean over the tokens of each sample, `[B]`, of logits `[B, N, V]` against ids `[B, N]`."""
-    return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(dim=1)
+    """Mean over the tokens of each sample, `[B]`, of logits `[B, N, (D,) V]` against ids `[B, N, (D)]`."""
+    losses = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
+    return losses.view(len(tokens), -1).mean(dim=1)
 
 
 def weigh(parts: Mapping[str, Tensor], weights: Tensor | None) -> Losses:
@@ -203,23 +208,25 @@ class CausalDecoding(Decoding):
         self._cache = generator.new_cache(len(self._prefix))
         self._keys = None if self._valid is None else known_keys(self._valid, self._cache.slots)
         self._done = 0
-        self.tokens = torch.zeros(condition.size, count, dtype=torch.long, device=device)
+        ids = (count,) if generator.spec.depth == 1 else (count, generator.spec.depth)
+        self.tokens = torch.zeros(condition.size, *ids, dtype=torch.long, device=device)
 
     @property
     def steps(self) -> Iterator[Step]:
         while self._done < len(self._plan):
             yield self._plan[self._done]
 
-    def predict(self, step: Step) -> Categorical:
+    def predict(self, step: Step) -> Prediction:
         turn = self._turns[step.index]
         features = self.generator.read(self._feed(turn), turn)
         if self._branches == 2:
             # Heads are affine, so guided features give guided logits, at half the work of guiding the logits.
             features = [guide(part, self.guidance(step)) for part in features]
-        return Categorical(logits=self.generator.merge(features, turn), positions=step.positions)
+        return self.generator.prediction(features, turn, step.positions)
 
     def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:
-        self.tokens.scatter_(1, step.positions, tokens)
+        positions = step.positions.view(*step.positions.shape, *(1,) * (tokens.ndim - 2))
+        self.tokens.scatter_(1, positions.expand_as(tokens), tokens)
         self._done = step.index + 1
 
     def _feed(self, turn: Turn) -> list[Tensor]:
@@ -228,7 +235,7 @@ class CausalDecoding(Decoding):
         if start == 0:
             x, sight = self._prefix, self.generator.sight(self._cache.reach, self._valid, self._prefix.device)
         else:
-            x = self.generator.embed(self.tokens[:, turn.ids].repeat(self._branches, 1))
+            x = self.generator.embed(torch.cat([self.tokens[:, turn.ids]] * self._branches))
             # Everything in the cache was known before, or becomes known now: only padding is hidden.
             sight = Sight(mask=None if self._keys is None else self._keys[..., :self._cache.reach])
         return self.generator.run(x, slice(*turn.fed), sight=sight, cache=self._cache)

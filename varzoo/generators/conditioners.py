@@ -113,3 +113,35 @@ class TextPrefix(Conditioner):
         if features is not None and features.shape[1:] != self.null_features.shape:
             raise ValueError(f"text features must be [B, {', '.join(map(str, self.null_features.shape))}], padded on "
                              f"the left, got {list(features.shape)}.")
+
+
+class CaptionPrefix(Conditioner):
+    """Text token ids, through a table of the generator's own; there is no null caption, so no guidance.
+
+    Args:
+        length: number of prefix tokens; the caller pads or cuts captions to it.
+        vocabulary: number of text tokens.
+        width: of the tokens.
+    """
+
+    num_classes = None
+    drop = 0.0
+
+    def __init__(self, *, length: int, vocabulary: int, width: int) -> None:
+        super().__init__()
+        self.length = length
+        self.table = nn.Embedding(vocabulary, width)
+
+    def forward(self, condition: Condition, dropped: Tensor | None = None) -> Tensor:
+        return self.table(condition.ids)
+
+    def null(self, condition: Condition) -> Condition:
+        raise ValueError("this model knows no null caption: sample without guidance.")
+
+    def check(self, condition: Condition) -> None:
+        ids, size = condition.ids, self.table.num_embeddings
+        if ids is None:
+            raise ValueError("this model is conditioned on text token ids: give Condition.captions(ids).")
+        if ids.ndim != 2 or ids.shape[1] != self.length or ids.min() < 0 or ids.max() >= size:
+            raise ValueError(f"captions must be ids [B, {self.length}] in 0 to {size - 1}, got {list(ids.shape)} with "
+                             f"ids {int(ids.min())} to {int(ids.max())}.")

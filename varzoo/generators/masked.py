@@ -28,14 +28,19 @@ class MaskPlan:
     Args:
         steps: number of AR steps; with more steps than tokens, those that would draw nothing are skipped.
         law: (steps done, steps in all) -> share of tokens still masked.
+        noise: scale of Gumbel noise on confidences, falling to 0 at the last step; for generators that keep what they
+            are surest of (ELM's), no other looks at it.
     """
 
     steps: int
     law: Callable[[int, int], float] = cosine
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"a mask plan needs at least 1 step, got {self.steps}.")
+        if self.noise < 0:
+            raise ValueError(f"the noise on confidences must be at least 0, got {self.noise:g}.")
 
     def left(self, index: int, masked: int, total: int) -> int:
         """MAR's `mask_len` of a step that starts with `masked` tokens: at least one is drawn, at least one left."""

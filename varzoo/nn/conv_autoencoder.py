@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from torch import Tensor
 
-from varzoo.core.keymap import Rename, Rule
+from varzoo.core.keymap import Ignore, Rename, Rule
 
 GROUPS = 32  # of every norm, in all published networks
 
@@ -115,6 +115,54 @@ def latent_diffusion_rules(levels: int) -> list[Rule]:
             *_resnet(f"{part}.mid.block_2", f"{part}.mid_block.resnets.1"),
             *_ends(part),
         ]
+    return rules
+
+
+def binary_autoencoder_rules(*, multipliers: Sequence[int], blocks_per_level: int, decoder_blocks_per_level: int,
+                             attention_levels: Collection[int], input_norm: bool) -> list[Rule]:
+    """Names in binary latent diffusion's autoencoder (ELM), which numbers all layers of either side in one list.
+
+    Its ResNet blocks hold a shortcut convolution (`conv_out`) even where they do not use it; those are left out.
+    """
+    attends, last = _attends(multipliers, attention_levels), len(multipliers) - 1
+    lists: dict[str, list[tuple[str, str, bool]]] = {"encoder": [], "generator": []}  # (kind, our name, used shortcut)
+    middle = [("resnet", "mid_block.resnets.0", False), ("attention", "mid_block.attentions.0", False),
+              ("resnet", "mid_block.resnets.1", False)]
+    ends = [("layer", "conv_norm_out", False), ("layer", "conv_out", False)]
+
+    def level(block: str, count: int, attend: bool, changes: bool) -> list[tuple[str, str, bool]]:
+        found = []
+        for index in range(count):
+            found.append(("resnet", f"{block}.resnets.{index}", changes and index == 0))
+            found += [("attention", f"{block}.attentions.{index}", False)] * attend
+        return found
+
+    lists["encoder"].append(("layer", "conv_in", False))
+    for index, width in enumerate(multipliers):
+        changes = width != (multipliers[index - 1] if index else 1)
+        lists["encoder"] += level(f"down_blocks.{index}", blocks_per_level, attends[index], changes)
+        lists["encoder"] += [("sample", f"down_blocks.{index}.downsamplers.0", False)] * (index < last)
+    lists["encoder"] += middle + ends
+    lists["generator"] += [("layer", "", False)] * input_norm + [("layer", "conv_in", False)] + middle
+    for index, width in reversed(list(enumerate(multipliers))):
+        changes = width != multipliers[min(index + 1, last)]
+        lists["generator"] += level(f"up_blocks.{last - index}", decoder_blocks_per_level, attends[index], changes)
+        lists["generator"] += [("sample", f"up_blocks.{last - index}.upsamplers.0", False)] * (index > 0)
+    lists["generator"] += ends
+
+    rules: list[Rule] = []
+    for part, mine in (("encoder", "encoder"), ("generator", "decoder")):
+        for number, (kind, name, shortcut) in enumerate(lists[part]):
+            official, ours = f"{part}.blocks.{number}", f"{mine}.{name}" if name else "input_norm"
+            if kind == "resnet":
+                rules.append(Rename(f"{official}.conv_out.{{p}}", f"{ours}.conv_shortcut.{{p}}") if shortcut
+                             else Ignore(f"{official}.conv_out.{{p}}"))
+                rules += _resnet(official, ours)
+            elif kind == "attention":
+                rules += _attention(official, ours)
+            else:
+                inner = ".conv" if kind == "sample" else ""
+                rules.append(Rename(f"{official}{inner}.{{p}}", f"{ours}{inner}.{{p}}"))
     return rules
 
 

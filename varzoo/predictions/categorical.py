@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from varzoo.core.draws import AnyDraws
+from varzoo.core.draws import AnyDraws, inverse_cdf
 from varzoo.core.errors import unknown
 from varzoo.predictions.base import Drawn, Prediction
 
@@ -20,48 +21,46 @@ def top_k_filter(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < logits.topk(k, dim=-1).values[..., -1:], -torch.inf)
 
 
-def top_p_filter(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of the likeliest ids whose mass exceeds p (the id that crosses p included), `[..., V]`."""
+def top_p_filter(logits: Tensor, p: float, *, strict: bool = False) -> Tensor:
+    """Keep the smallest set of the likeliest ids whose mass exceeds p (the id that crosses p included), `[..., V]`.
+
+    With `strict` the set is complete where its mass reaches p (RQ-Transformer).
+    """
     if p >= 1:
         return logits
     ordered, ids = logits.sort(dim=-1, descending=True)
     mass = ordered.softmax(dim=-1).cumsum(dim=-1)
-    removed = mass.roll(1, dims=-1) > p  # by the mass of the ids before; the first id is always kept
+    before = mass.roll(1, dims=-1)  # the mass of the ids before; the first id is always kept
+    removed = before >= p if strict else before > p
     removed[..., 0] = False
     return logits.masked_fill(removed.scatter(-1, ids, removed), -torch.inf)
 
 
-FILTERS = {"top_k": top_k_filter, "top_p": top_p_filter}
-
-
-def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids `[...]` that uniforms `[...]` in [0, 1) pick from (unnormalised) probabilities `[..., V]`.
-
-    The sum runs in float64; an id of probability 0 is never picked, even where rounding makes a uniform reach 1.
-    """
-    cumulative = probabilities.double().cumsum(dim=-1)
-    total = cumulative[..., -1:].contiguous()
-    ids = torch.searchsorted(cumulative, uniforms.double()[..., None] * total, right=True)
-    last = torch.searchsorted(cumulative, total)  # the last id that adds anything
-    return torch.minimum(ids, last)[..., 0]
+FILTERS = {"top_k": top_k_filter, "top_p": top_p_filter, "top_p_strict": partial(top_p_filter, strict=True)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Categorical(Prediction):
-    """Guided logits `[B, n, V]` of the ids at raster positions `[B, n]`."""
+    """Guided logits `[B, n, V]` of the ids at raster positions `[B, n]`.
+
+    Where a position holds several ids, independent of each other, logits are `[B, n, D, V]`. Where positions are drawn
+    more than once, `redraw` numbers the time, and every time has draws of its own.
+    """
 
     logits: Tensor
     positions: Tensor
+    redraw: int | None = None
+    carry: Any = None
 
     options: ClassVar[frozenset[str]] = frozenset({"temperature", "top_k", "top_p", "filters"})
 
     def filtered(self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                  filters: tuple[str, ...] = ("top_k", "top_p")) -> Tensor:
-        """Logits `[B, n, V]` after the temperature, then the filters in the order given, -inf where removed."""
+        """Logits `[B, n, (D,) V]` after the temperature, then the filters in the order given, -inf where removed."""
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
             raise ValueError(f"need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got temperature={temperature}, "
                              f"top_k={top_k}, top_p={top_p}.")
-        logits, limits = self.logits.float(), {"top_k": top_k, "top_p": top_p}
+        logits, limits = self.logits.float(), {"top_k": top_k, "top_p": top_p, "top_p_strict": top_p}
         if temperature != 1:
             logits = logits / max(temperature, 1e-5)
         for name in filters:
@@ -72,8 +71,10 @@ class Categorical(Prediction):
 
     def draw(self, draws: AnyDraws, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              filters: tuple[str, ...] = ("top_k", "top_p")) -> Drawn:
-        """Draw ids `[B, n]`; temperature 0 takes the likeliest."""
+        """Draw ids `[B, n]` or `[B, n, D]`; temperature 0 takes the likeliest."""
         if temperature == 0:
             return Drawn(tokens=self.logits.argmax(dim=-1))
         logits = self.filtered(temperature=temperature, top_k=top_k, top_p=top_p, filters=filters)
-        return Drawn(tokens=inverse_cdf(logits.softmax(dim=-1), draws.uniform("token", at=self.positions)))
+        keys = {} if self.redraw is None else {"redraw": self.redraw}
+        uniforms = draws.uniform("token", tuple(logits.shape[2:-1]), at=self.positions, **keys)
+        return Drawn(tokens=inverse_cdf(logits.softmax(dim=-1), uniforms))

@@ -70,11 +70,15 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def compress(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` in [-1, 1] -> what a cache stores: ids `[B, N]` or posterior moments `[B, N, 2C]`."""
+        """Images `[B, 3, H, W]` in [-1, 1] -> what a cache stores: ids, latents or posterior moments `[B, N, ...]`."""
 
     @abstractmethod
     def tokens(self, compressed: Tensor, draws: AnyDraws | None = None) -> Tensor:
-        """What `compress` gave -> tokens `[B, N]` or `[B, N, C]` (scaled). Without draws: the deterministic choice."""
+        """What `compress` gave -> tokens, as the spec says (scaled). Without draws: the deterministic choice."""
+
+    def extras(self, compressed: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """What a generator may learn from beside drawn tokens, by name, such as soft targets. By default nothing."""
+        return {}
 
     def encode(self, images: Tensor, draws: AnyDraws | None = None) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> tokens; drawn from the posterior if there is one and draws are given."""
@@ -150,5 +154,8 @@ class Tokenizer(nn.Module, ABC):
         raise AttributeError(f"{type(self).__name__} offers no last decoder layer; turn the adaptive weight off.")
 
     def codebook(self) -> Tensor:
-        """The code vectors `[K, C]` as decoded; neighbour tables and generators that embed codes use them."""
+        """The code vectors `[K, C]` as decoded, or `[D, K, C]` where every level of a code has its own.
+
+        Neighbour tables and generators that embed codes use them.
+        """
         raise AttributeError(f"{type(self).__name__} has no codebook.")

@@ -43,11 +43,17 @@ class GeneratorTraining(TrainingModule):
 
     @torch.no_grad()
     def tokenized(self, batch: Mapping[str, Any], draws: Draws | None) -> Batch:
-        """A cached batch as tokens, drawn from the posterior if draws are given; copies become extras by name."""
+        """A cached batch as tokens, drawn from the posterior if draws are given, then with the tokenizer's extras.
+
+        Copies become extras by name.
+        """
         extras = {name: value for name, value in batch.items() if name not in GIVEN}
         for number, (name, compressed) in enumerate(sorted(batch.get("copies", {}).items())):
             extras[name] = self.tokenizer.tokens(compressed, None if draws is None else draws.keyed(copy=number))
-        return Batch(tokens=self.tokenizer.tokens(batch["compressed"], draws),
+        tokens = self.tokenizer.tokens(batch["compressed"], draws)
+        if draws is not None:
+            extras |= self.tokenizer.extras(batch["compressed"], tokens)
+        return Batch(tokens=tokens,
                      condition=Condition.classes(batch["label"]), extras=extras)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

@@ -31,8 +31,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from varzoo.core.checkpoint import atomic_path, read_config, save_weights, weights_hash
-from varzoo.core.spec import require_same_tokens
-from varzoo.loading import GENERATOR_FILE, TOKENIZER_FILE, build, compose_config, load_tokenizer, load_weights
+from varzoo.loading import (
+    GENERATOR_FILE,
+    TOKENIZER_FILE,
+    build,
+    compose_config,
+    fit_together,
+    load_tokenizer,
+    load_weights,
+)
 from varzoo.tokenizers.base import Tokenizer
 from varzoo.training.callbacks import ReconstructionGrid, SampleGrid, StepBar, plot_curves, read_metrics
 from varzoo.training.data import ImageData, TokenData
@@ -128,7 +135,7 @@ def generator_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, p
     sampler.check(generator)
     images = image_settings(config)
     tokenizer = load_tokenizer(find_tokenizer(config, folder / TOKENIZER_FILE), config.tokenizer)
-    require_same_tokens(tokenizer.spec, generator.spec)
+    fit_together(tokenizer, generator)
     module = GeneratorTraining(generator=generator, tokenizer=tokenizer, posterior=config.posterior, **settings)
     data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), copies=config.copies, **images)
     pictures = [SampleGrid(every=config.samples_every, folder=folder / "samples", sampler=sampler,

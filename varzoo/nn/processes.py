@@ -1,0 +1,28 @@
+"""Sums and rows over all processes of a run; without a process group, over this one alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+
+def _alone() -> bool:
+    return not (distributed.is_available() and distributed.is_initialized())
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of the processes' tensors of equal shape, the same on each."""
+    if _alone():
+        return tensor
+    total = tensor.clone()
+    distributed.all_reduce(total)
+    return total
+
+
+def rows_of_processes(rows: Tensor) -> Tensor:
+    """The rows `[n, ...]` of all processes, equally many of each, in order of rank: `[processes n, ...]`."""
+    if _alone():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
