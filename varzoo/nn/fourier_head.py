@@ -83,7 +83,7 @@ def squared_modulus(x: Tensor) -> Tensor:
 
 def harmonics(z: Tensor, frequencies: int) -> Tensor:
     """exp(i pi l z) for l = 0 .. N at points `[...]`: complex `[N + 1, ...]`."""
-    l = torch.arange(frequencies + 1, device=z.device).view(-1, *[1] * z.ndim)  # noqa: E741 (the paper's index)
+    l = torch.arange(frequencies + 1, dtype=z.dtype, device=z.device).view(-1, *[1] * z.ndim)  # noqa: E741 (the paper's index)
     angles = math.pi * l * z
     return torch.complex(angles.cos(), angles.sin())
 
@@ -106,7 +106,7 @@ def density(alpha: Tensor, z: Tensor) -> Tensor:
 def cumulative(alpha: Tensor, z: Tensor) -> Tensor:
     """The distribution function at z `[R]`: (z + 1) / 2 + Re sum_k c_k / c_0 (exp(i pi k z) - (-1)^k) / (i pi k)."""
     c = autocorrelation(alpha)
-    k = torch.arange(1, alpha.shape[-1], device=z.device)
+    k = torch.arange(1, alpha.shape[-1], dtype=z.dtype, device=z.device)
     waves = harmonics(z, len(k))[1:].T - (1 - 2 * (k % 2))
     return (z + 1) / 2 + (c[:, 1:] / c[:, :1].real * waves / (1j * math.pi * k)).real.sum(dim=-1)
 

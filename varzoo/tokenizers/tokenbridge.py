@@ -74,9 +74,9 @@ class TokenBridgeTokenizer(Tokenizer):
                          "tokenizer_checkpoint.")
 
     def key_maps(self) -> dict[str, KeyMap]:
-        """The VAE's layouts, our own ("vae") among them."""
-        own = KeyMap([Rename("{name*}", "{name*}")])
-        return {name: key_map.within("vae") for name, key_map in ({"vae": own} | self.vae.key_maps()).items()}
+        """The VAE's layouts, the last of them its own file here ("vae")."""
+        layouts = self.vae.key_maps() | {"vae": KeyMap([Rename("{name*}", "{name*}")])}
+        return {name: key_map.within("vae") for name, key_map in layouts.items()}
 
     def codebook(self) -> Tensor:
         """What each level stands for, `[levels, 1]`, in every channel."""
