@@ -1,8 +1,8 @@
 """TokenBridge: masked autoregressive generation of latents that were quantised after training (arXiv 2503.16430).
 
 The backbone is MAR's (`masked_transformer`); it reads what the ids stand for. At the positions of a step a causal
-transformer draws the channels one after another instead of denoising them all (`nn.channel_transformer`, which names two
-official faults that are kept). Guidance acts on the backbone's features, so that the head runs once, guided or not.
+transformer draws the channels one after another instead of denoising them all (`nn.channel_transformer`, which names
+two official faults that are kept). Guidance acts on the backbone's features, so that the head runs once, guided or not.
 
 Official code: YuqingWang1029/TokenBridge, a fork of MAR's, with which quantisation, features, loss, gradients and
 sampling agree. As in MAR, linear guidance stops short of its scale at the last step. The code's `use_quantized_value`

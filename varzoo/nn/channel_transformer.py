@@ -50,7 +50,7 @@ class ChannelAttention(nn.Module):
 
 
 class ChannelBlock(nn.Module):
-    """x + gate attention(norm(x) (1 + scale) + shift), then the same with the MLP; modulated by activated conditions."""
+    """x + gate attention(norm(x) (1 + scale) + shift), then the same with the MLP; activated conditions modulate."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, norm: Callable[[int], nn.LayerNorm]) -> None:
         super().__init__()

@@ -5,8 +5,8 @@ Fejer-Riesz any non-negative trigonometric polynomial is of this form, and expan
 
     p(z) = 1/2 + Re sum_{k=1..N} c_k / c_0 exp(i pi k z),   c_k = sum_l conj(alpha_l) alpha_{l+k}
 
-which is the official form. It is evaluated as the square here: cheaper, and never below zero. p is periodic, so that the
-first and the last bin are neighbours: a limit of the method where the range ends in tails.
+which is the official form. It is evaluated as the square here: cheaper, and never below zero. p is periodic, so that
+the first and the last bin are neighbours: a limit of the method where the range ends in tails.
 
 Official code: nate-gillman/fourier-head (`fourier_head.py`, `fourier_head_mle.py`).
 """
@@ -83,8 +83,8 @@ def squared_modulus(x: Tensor) -> Tensor:
 
 def harmonics(z: Tensor, frequencies: int) -> Tensor:
     """exp(i pi l z) for l = 0 .. N at points `[...]`: complex `[N + 1, ...]`."""
-    l = torch.arange(frequencies + 1, dtype=z.dtype, device=z.device).view(-1, *[1] * z.ndim)  # noqa: E741 (the paper's index)
-    angles = math.pi * l * z
+    index = torch.arange(frequencies + 1, dtype=z.dtype, device=z.device).view(-1, *[1] * z.ndim)
+    angles = math.pi * index * z
     return torch.complex(angles.cos(), angles.sin())
 
 

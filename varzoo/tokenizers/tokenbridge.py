@@ -2,8 +2,8 @@
 
     image --VAE--> latents [B, N, C] --GaussianQuantizer--> ids [B, N, C] --its table--> latents --VAE--> image
 
-Nothing is learned, so a checkpoint is the VAE's. A cache stores what the VAE's does, the moments of a posterior: latents
-may be drawn anew before they are quantised, as officially. Official code: YuqingWang1029/TokenBridge.
+Nothing is learned, so a checkpoint is the VAE's. A cache stores what the VAE's does, the moments of a posterior:
+latents may be drawn anew before they are quantised, as officially. Official code: YuqingWang1029/TokenBridge.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TokenBridgeTokenizer(Tokenizer):
 
     def at_size(self, image_size: int | Sequence[int]) -> TokenBridgeTokenizer:
         other, vae = copy(self), self.vae.at_size(image_size)
-        other._modules = {**self._modules, "vae": vae}  # the copy is shallow: its own table of modules, the same modules
+        other._modules = {**self._modules, "vae": vae}  # shallow: a table of modules of its own, the same modules
         other.image_size, other.spec = vae.image_size, replace(self.spec, shape=vae.spec.shape)
         return other
 
@@ -61,17 +61,17 @@ class TokenBridgeTokenizer(Tokenizer):
         """Moments `[B, N, 2C]` -> ids `[B, N, C]` of posterior means, or of samples if draws are given."""
         return self.quantizer.ids(self.vae.tokens(compressed, draws))
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, draws: AnyDraws | None = None) -> Tensor:
         """Ids `[B, N, C]` -> images `[B, 3, H, W]`, not clamped."""
         if tokens.ndim != 3 or tokens.shape[1:] != (self.spec.length, self.spec.depth) or tokens.is_floating_point():
             raise ValueError(f"expected ids [B, {self.spec.length}, {self.spec.depth}] for {self.spec}, got "
                              f"{list(tokens.shape)} of {tokens.dtype}.")
-        return self.vae.decode(self.quantizer.values(tokens))
+        return self.vae.decode(self.quantizer.values(tokens), draws)
 
     def reconstruction_losses(self, images: Tensor, draws: AnyDraws) -> tuple[Tensor, Losses]:
         """Raises ValueError: there is nothing to train."""
-        raise ValueError("TokenBridge has nothing to train: train its VAE, as in experiment=digits_kl, and give that as "
-                         "tokenizer_checkpoint.")
+        raise ValueError("TokenBridge has nothing to train: train its VAE, as in experiment=digits_kl, and give that "
+                         "as tokenizer_checkpoint.")
 
     def key_maps(self) -> dict[str, KeyMap]:
         """The VAE's layouts, the last of them its own file here ("vae")."""
