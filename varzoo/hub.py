@@ -110,7 +110,7 @@ PUBLISHED = {
        for size in "blh"},
     **{f"tokenbridge_{size}": Published(
         config=f"tokenbridge_{size}", repo="Epiphqny/TokenBridge",
-        file=f"tokenbridge/tokenbridge_{name}/checkpoint-last.pth", layout="tokenbridge", licence="not stated",
+        file=f"tokenbridge/tokenbridge_{name}/checkpoint-last.pth", layout="tokenbridge", licence="not verified",
         tokenizer="kl16", note="the averaged weights under model_ema are used; the file's name within its folder is "
                                "not verified") for size, name in (("l", "large"), ("h", "huge"))},
     **{f"xar_{size}": Published(
