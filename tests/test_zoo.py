@@ -38,7 +38,8 @@ def test_experiments_fit_together(name: str) -> None:
         assert tokenizer.needs_objective == (config.objective is not None)
         build(config.objective or {})
         return
-    tokenizer = build(compose_config("train", [f"experiment={config.tokenizer_experiment}"]).tokenizer)
+    source = config if config.tokenizer else compose_config("train", [f"experiment={config.tokenizer_experiment}"])
+    tokenizer = build(source.tokenizer)
     generator = build(config.generator)
     require_same_tokens(tokenizer.spec, generator.spec)
     build(config.sampler).check(generator)

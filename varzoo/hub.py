@@ -108,6 +108,11 @@ PUBLISHED = {
         config=f"mar_{size}", repo=None, file="checkpoint-last.pth", layout="mar", licence="MIT",
         tokenizer="kl16", note="linked from the official README; the averaged weights under model_ema are used")
        for size in "blh"},
+    **{f"tokenbridge_{size}": Published(
+        config=f"tokenbridge_{size}", repo="Epiphqny/TokenBridge",
+        file=f"tokenbridge/tokenbridge_{name}/checkpoint-last.pth", layout="tokenbridge", licence="not verified",
+        tokenizer="kl16", note="the averaged weights under model_ema are used; the file's name within its folder is "
+                               "not verified") for size, name in (("l", "large"), ("h", "huge"))},
     **{f"xar_{size}": Published(
         config=f"xar_{size}", repo="OliverRen/xAR", file=f"xAR-{size.upper()}.pth", layout="xar", licence="not stated",
         tokenizer="kl16") for size in "blh"},

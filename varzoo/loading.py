@@ -136,13 +136,26 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def load_tokenizer(checkpoint: str | Path, config: Mapping[str, Any] | None = None) -> Tokenizer:
-    """A tokenizer from a file, or from a run's folder; its config stands in the file, or is given."""
+    """A tokenizer from a file, or from a run's folder; its config stands in the file, or is given; see `node_of`."""
     path = Path(checkpoint) / TOKENIZER_FILE if Path(checkpoint).is_dir() else Path(checkpoint)
+    return load_weights(build(node_of(path, config)), path)
+
+
+def node_of(path: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The config of a tokenizer's file: the file's own; or what is given, where the file carries none.
+
+    Where a tokenizer over a VAE is given and the file is another tokenizer's, that is the VAE, its measured scale
+    included: a tokenizer that learns nothing of its own is complete with it.
+    """
     header = read_config(path)
     if header is None and config is None:
         raise ValueError(f"{path} carries no config; name it, as in `tokenizer=vq16 tokenizer_checkpoint={path}`.")
-    node = corrected(config, path) if header is None else header["tokenizer"]
-    return load_weights(build(node), path)
+    if header is None:
+        return corrected(config, path)
+    if config is not None and "vae" in config and "vae" not in header["tokenizer"]:
+        node = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+        return node | {"vae": header["tokenizer"]}
+    return header["tokenizer"]
 
 
 def corrected(config: Mapping[str, Any] | DictConfig, path: Path) -> dict[str, Any]:

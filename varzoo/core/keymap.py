@@ -183,10 +183,16 @@ class KeyMap:
     Args:
         rules: in order of precedence.
         prefixes: prefixes that wrappers put before every key ("_orig_mod.", "module."), stripped where present.
+        inside: what our names begin with where the model is a part of another ("vae."); the rules do without.
     """
 
-    def __init__(self, rules: Sequence[Rule], prefixes: Sequence[str] = ("_orig_mod.", "module.")) -> None:
-        self.rules, self.prefixes = list(rules), tuple(prefixes)
+    def __init__(self, rules: Sequence[Rule], prefixes: Sequence[str] = ("_orig_mod.", "module."),
+                 inside: str = "") -> None:
+        self.rules, self.prefixes, self.inside = list(rules), tuple(prefixes), inside
+
+    def within(self, part: str) -> KeyMap:
+        """The same layout for a model that holds this one as `part`."""
+        return KeyMap(self.rules, self.prefixes, f"{part}.{self.inside}")
 
     def to_ours(self, official: Mapping[str, Tensor]) -> State:
         """Translate an official state dict. Raises ValueError naming the keys that no rule matches."""
@@ -198,11 +204,13 @@ class KeyMap:
         aliases = [rule for rule in self.rules if isinstance(rule, Alias)]
         for key in list(state):
             next((rule for rule in aliases if rule.to_ours(key, state) is not None), None)
-        return self._translate(state, "to_ours", "official checkpoint")
+        ours = self._translate(state, "to_ours", "official checkpoint")
+        return {self.inside + name: tensor for name, tensor in ours.items()}
 
     def to_official(self, ours: Mapping[str, Tensor]) -> State:
         """Translate our state dict back; aliases and constants are written again."""
-        official = self._translate(dict(ours), "to_official", "state dict")
+        state = {name.removeprefix(self.inside): tensor for name, tensor in ours.items()}
+        official = self._translate(state, "to_official", "state dict")
         for rule in self.rules:
             if isinstance(rule, Alias):
                 matches = {key: _match(rule.of, key) for key in official}

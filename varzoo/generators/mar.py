@@ -9,69 +9,47 @@ steps only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from varzoo.core.draws import AnyDraws
-from varzoo.core.keymap import KeyMap, Rename, Rule
+from varzoo.core.keymap import KeyMap
 from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
-from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
-from varzoo.generators.base import Batch, Condition, Decoding, Generator
-from varzoo.generators.masked import (
-    TruncatedNormalRate,
-    known_positions,
-    masked_steps,
-    require_plan,
-    split_order,
-)
+from varzoo.core.steps import Schedule, Step
+from varzoo.generators.base import Batch, Condition
+from varzoo.generators.masked import TruncatedNormalRate
+from varzoo.generators.masked_transformer import MaskedDecoding, MaskedGenerator, weighted_mean
 from varzoo.nn.diffusion import Diffusion, hybrid_loss
 from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules
-from varzoo.nn.masked_vit import MaskedViT, put_rows, take_rows
+from varzoo.nn.masked_vit import MaskedViT, take_rows
 from varzoo.predictions.base import Prediction
 from varzoo.predictions.diffusion import DiffusionPrediction
 
 
-class MaskedDiffusion(Generator):
-    """What MAR and its kin share: class vectors, the loss of the token-wise head, official names, what decays.
+class MaskedDiffusion(MaskedGenerator):
+    """What MAR and its kin share: the loss of the token-wise head, what decays.
 
     Args:
         spec: continuous tokens; `spec.size` counts a token's channels, those of its patch included.
-        num_classes: class labels it knows.
-        width: of the class vectors.
         noise_schedule, noise_steps: the diffusion process, see `Diffusion.named`.
         head_batch: times and noises per masked token and training step (official: diffusion_batch_mul).
-        class_drop: probability that a sample is trained without its class.
+        num_classes, width, class_drop: see MaskedGenerator.
     """
 
     def __init__(self, *, spec: TokenSpec, num_classes: int, width: int, noise_schedule: str, noise_steps: int,
                  head_batch: int, class_drop: float) -> None:
-        super().__init__()
+        super().__init__(spec=spec, num_classes=num_classes, width=width, class_drop=class_drop)
         if spec.kind != "continuous":
             raise ValueError(f"{type(self).__name__} models continuous tokens, got a spec of {spec}. Choose a "
                              "tokenizer without a codebook, such as kl16.")
-        if not 0 <= class_drop <= 1 or head_batch < 1:
-            raise ValueError(f"need 0 <= class_drop <= 1 and head_batch >= 1, got {class_drop} and {head_batch}.")
-        self.spec, self.num_classes, self.head_batch, self.class_drop = spec, num_classes, head_batch, class_drop
-        self.class_embed = nn.Embedding(num_classes, width)
-        self.null_class = nn.Parameter(torch.empty(1, width))
-        nn.init.normal_(self.class_embed.weight, std=0.02)
-        nn.init.normal_(self.null_class, std=0.02)
+        if head_batch < 1:
+            raise ValueError(f"need head_batch >= 1, got {head_batch}.")
+        self.head_batch = head_batch
         self.process = Diffusion.named(noise_schedule, noise_steps)
-
-    def class_vectors(self, condition: Condition) -> Tensor:
-        """Class vectors `[B, width]`; the null class where there are no labels."""
-        if condition.labels is None:
-            return self.null_class.expand(condition.size, -1)
-        return self.class_embed(condition.labels)
-
-    def training_vectors(self, condition: Condition, draws: AnyDraws, name: str) -> Tensor:
-        """Class vectors, some of them dropped."""
-        dropped = draws.uniform(name) < self.class_drop
-        return torch.where(dropped[:, None], self.null_class, self.class_vectors(condition))
 
     def token_losses(self, head: DiffusionMLP, tokens: Tensor, at: Tensor, condition: Tensor, draws: AnyDraws,
                      stream: str = "") -> tuple[Tensor, Tensor]:
@@ -90,30 +68,6 @@ class MaskedDiffusion(Generator):
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """As officially: neither heads nor biases and other vectors; tables and mask tokens decay."""
         return parameter.ndim >= 2 and "head." not in name
-
-    def common_rules(self) -> list[Rule]:
-        """Key map rules of what is not a head."""
-        names = {
-            "fake_latent": "null_class",
-            "class_emb.weight": "class_embed.weight",
-            "z_proj.{p}": "backbone.token_embed.{p}",
-            "z_proj_ln.{p}": "backbone.token_norm.{p}",
-            "encoder_pos_embed_learned": "backbone.encoder_positions",
-            "encoder_blocks.{rest*}": "backbone.encoder_blocks.{rest*}",
-            "encoder_norm.{p}": "backbone.encoder_norm.{p}",
-            "decoder_embed.{p}": "backbone.decoder_embed.{p}",
-            "mask_token": "backbone.mask_token",
-            "decoder_pos_embed_learned": "backbone.decoder_positions",
-            "decoder_blocks.{rest*}": "backbone.decoder_blocks.{rest*}",
-            "decoder_norm.{p}": "backbone.decoder_norm.{p}",
-            "diffusion_pos_embed_learned": "backbone.output_positions",
-        }
-        return [Rename(official, ours) for official, ours in names.items()]
-
-
-def weighted_mean(per_sample: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of losses `[B]`, weighted by `[B]` where weights are given."""
-    return per_sample.mean() if weights is None else (per_sample * weights).sum() / weights.sum()
 
 
 class MAR(MaskedDiffusion):
@@ -161,59 +115,28 @@ class MAR(MaskedDiffusion):
 
         The share of masked tokens is one draw for the batch (truncated normal around 1), the rest is drawn per sample.
         """
-        self.check_condition(batch.condition)
-        order = draws.permutation("order", self.spec.length)
-        masked, visible = split_order(order, self.mask_rate(draws, "mask_rate"))
-        vectors = self.training_vectors(batch.condition, draws, "drop_label")
-        condition = self.backbone(batch.tokens, visible, vectors, masked)
+        masked, condition = self.training_rows(batch.tokens, batch.condition, draws, self.mask_rate)
         squared_error, bound = self.token_losses(self.head, batch.tokens, masked, condition, draws)
         return Losses(total=weighted_mean((squared_error + bound).mean(dim=(0, 2)), batch.weights),
                       parts={"epsilon": squared_error.detach().mean(), "variational": bound.detach().mean()})
 
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> MARDecoding:
-        self.check_condition(condition)
-        plan = require_plan(plan, "MAR", self.spec.length)
-        guidance = of_phase(guidance)
-        steps = list(masked_steps(plan, draws.permutation("order", self.spec.length)))
-        needs_null_branch(guidance, steps)  # refuses what does not guide
-        return MARDecoding(self, self.class_vectors(condition), steps, guidance)
+        steps, guidance = self.begun(condition, draws, guidance, plan)
+        # float32 whatever the weights are: rounding latents would be seen in the pixels
+        tokens = torch.zeros(condition.size, self.spec.length, self.spec.size, device=self.null_class.device)
+        return MARDecoding(self, tokens, self.class_vectors(condition), steps, guidance)
 
     def key_maps(self) -> dict[str, KeyMap]:
         return {"mar": KeyMap([*self.common_rules(), *diffusion_mlp_rules("diffloss.net.", "head.")])}
 
 
-class MARDecoding(Decoding):
-    """Known tokens and what is still to come.
+class MARDecoding(MaskedDecoding):
+    """Known tokens and what is still to come."""
 
-    There is no cache: every prediction runs the transformer anew on what is known, without the positions asked for, so
-    that a position may be predicted again after it was drawn.
-    """
-
-    def __init__(self, generator: MAR, vectors: Tensor, steps: list[Step], guidance: Schedule | None) -> None:
-        spec = generator.spec
-        self.generator, self.vectors, self.guidance = generator, vectors, guidance
-        # float32 whatever the weights are: rounding latents would be seen in the pixels
-        self.tokens = torch.zeros(len(vectors), spec.length, spec.size, device=vectors.device)
-        self._known = torch.zeros(len(vectors), spec.length, dtype=torch.bool, device=vectors.device)
-        self._steps = iter(steps)
-
-    @property
-    def steps(self) -> Iterator[Step]:
-        return self._steps
+    generator: MAR
 
     def predict(self, step: Step) -> DiffusionPrediction:
-        scale = 1.0 if self.guidance is None else self.guidance(step)
-        vectors = self.vectors
-        if scale != 1:  # the two branches as one doubled batch
-            vectors = torch.cat([vectors, self.generator.null_class.expand_as(vectors)])
-        branches = len(vectors) // len(self.vectors)
-        visible = known_positions(self._known.scatter(1, step.positions, False))
-        rows = self.generator.backbone(self.tokens.repeat(branches, 1, 1), visible.repeat(branches, 1), vectors,
-                                       step.positions.repeat(branches, 1))
-        return DiffusionPrediction(condition=rows.unflatten(0, (branches, -1)), scale=scale, positions=step.positions,
+        rows, scale = self.rows(step)
+        return DiffusionPrediction(condition=rows, scale=scale, positions=step.positions,
                                    process=self.generator.process, network=self.generator.head)
-
-    def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:
-        self.tokens = put_rows(self.tokens, step.positions, tokens.to(self.tokens.dtype))
-        self._known = self._known.scatter(1, step.positions, True)

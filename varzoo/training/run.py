@@ -39,6 +39,7 @@ from varzoo.loading import (
     fit_together,
     load_tokenizer,
     load_weights,
+    node_of,
 )
 from varzoo.tokenizers.base import Tokenizer
 from varzoo.training.callbacks import ReconstructionGrid, SampleGrid, StepBar, plot_curves, read_metrics
@@ -173,7 +174,8 @@ def find_tokenizer(config: DictConfig, kept: Path) -> Path:
 def keep_tokenizer(config: DictConfig, path: Path, tokenizer: Tokenizer, node: Any) -> None:
     """Copy the tokenizer that is modelled into the run's folder, with its config."""
     if not path.exists():
-        header = read_config(find_tokenizer(config, path)) or {"tokenizer": node}
+        source = find_tokenizer(config, path)
+        header = (read_config(source) or {}) | {"tokenizer": node_of(source, node)}
         save_weights(path, tokenizer.state_dict(), header)
 
 
