@@ -157,8 +157,13 @@ class Generator(nn.Module, ABC):
         """Official checkpoint layouts by name."""
 
     def use_codebook(self, codebook: Tensor) -> None:
-        """Take the tokenizer's code vectors, `[K, C]` or `[D, K, C]`; they are not part of this generator's weights."""
-        raise NotImplementedError(f"{type(self).__name__} embeds codes without the tokenizer's codebook.")
+        """Take the tokenizer's code vectors, `[K, C]` or `[D, K, C]`; they are not part of this generator's weights.
+
+        Raises:
+            ValueError: this generator embeds codes by itself (`embeds_codebook` is False), or these do not fit it.
+        """
+        raise ValueError(f"{type(self).__name__} embeds codes by itself and takes no codebook; give one only where "
+                         "embeds_codebook is true.")
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies to a parameter: by default to all with two or more dimensions."""

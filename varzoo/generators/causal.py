@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import Ignore, Rename
-from varzoo.core.losses import Losses
+from varzoo.core.losses import Losses, weigh
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Batch, Condition, Decoding, Generator
@@ -165,14 +165,6 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean over the tokens of each sample, `[B]`, of logits `[B, N, (D,) V]` against ids `[B, N, (D)]`."""
     losses = F.cross_entropy(logits.flatten(0, -2), tokens.flatten(), reduction="none")
     return losses.view(len(tokens), -1).mean(dim=1)
-
-
-def weigh(parts: Mapping[str, Tensor], weights: Tensor | None) -> Losses:
-    """The sum of parts `[B]`, averaged over the batch with the samples' weights."""
-    first = next(iter(parts.values()))
-    weights = torch.ones_like(first) if weights is None else weights.to(first.dtype)
-    means = {name: (part * weights).sum() / weights.sum().clamp(min=1e-9) for name, part in parts.items()}
-    return Losses(torch.stack(list(means.values())).sum(), {name: mean.detach() for name, mean in means.items()})
 
 
 class CausalDecoding(Decoding):

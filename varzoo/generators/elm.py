@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import Concat, Ignore, KeyMap, Rename
-from varzoo.core.losses import Losses
+from varzoo.core.losses import Losses, weigh
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Batch, Condition, Decoding, Generator
-from varzoo.generators.causal import LLAMA_RULES, LlamaGenerator, guide, initialise, weigh
+from varzoo.generators.causal import LLAMA_RULES, LlamaGenerator, guide, initialise
 from varzoo.generators.conditioners import ClassPrefix
 from varzoo.generators.masked import MaskPlan, require_plan
 from varzoo.generators.orders import Order

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import KeyMap, Rename
-from varzoo.core.losses import Losses
+from varzoo.core.losses import Losses, weigh
 from varzoo.core.steps import Schedule, Step
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.units import Scales, to_map, to_tokens
-from varzoo.generators.unitwise import UnitDecoding, UnitGenerator, flow_losses
+from varzoo.generators.unitwise import UnitDecoding, UnitGenerator
 from varzoo.nn.flow_transformer import FlowTransformer, flow_transformer_rules
 from varzoo.nn.rotary import axial_rows
 from varzoo.predictions.flow import FlowPrediction, Network
@@ -86,7 +86,7 @@ class FlowAR(UnitGenerator):
             velocity = self.head(noised, self.head.time_vectors(time), prepared)
             squared = (velocity - (noise[:, at] - clean[:, at])).square().mean(dim=(1, 2))
             error = error + (stop - start) / self.spec.length * squared
-        return flow_losses(error, batch.weights)
+        return weigh({"velocity": error}, batch.weights)
 
     def open(self, condition: Condition, guidance: Schedule | None) -> FlowARDecoding:
         return FlowARDecoding(self, condition, guidance)

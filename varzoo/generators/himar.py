@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import KeyMap, Rename
-from varzoo.core.losses import Losses
+from varzoo.core.losses import Losses, weighted_mean
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Batch, Condition, Decoding
 from varzoo.generators.mar import MaskedDiffusion
 from varzoo.generators.masked import MaskRate, known_positions, masked_steps, require_plan, split_order
-from varzoo.generators.masked_transformer import weighted_mean
 from varzoo.nn.diffusion import epsilon_loss
 from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules
 from varzoo.nn.diffusion_transformer import DiffusionTransformer, diffusion_transformer_rules

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import KeyMap
-from varzoo.core.losses import Losses
+from varzoo.core.losses import Losses, weighted_mean
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.masked import TruncatedNormalRate
-from varzoo.generators.masked_transformer import MaskedDecoding, MaskedGenerator, weighted_mean
+from varzoo.generators.masked_transformer import MaskedDecoding, MaskedGenerator
 from varzoo.nn.diffusion import Diffusion, hybrid_loss
 from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules
 from varzoo.nn.masked_vit import MaskedViT, take_rows

@@ -97,11 +97,6 @@ class MaskedGenerator(Generator):
         return [Rename(official, ours) for official, ours in names.items()]
 
 
-def weighted_mean(per_sample: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of losses `[B]`, weighted by `[B]` where weights are given."""
-    return per_sample.mean() if weights is None else (per_sample * weights).sum() / weights.sum()
-
-
 class MaskedDecoding(Decoding):
     """Known tokens and what is still to come, in one phase.
 

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import Ignore, KeyMap, Rename
-from varzoo.core.losses import Losses
+from varzoo.core.losses import Losses, weigh
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Batch, Condition
-from varzoo.generators.causal import CausalGenerator, cross_entropy, initialise, weigh
+from varzoo.generators.causal import CausalGenerator, cross_entropy, initialise
 from varzoo.generators.conditioners import CaptionPrefix, Conditioner
 from varzoo.generators.orders import Order, Turn
 from varzoo.nn.gpt import GPTStack, gpt_rules

@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import KeyMap, Rename, Rule
-from varzoo.core.losses import Losses
+from varzoo.core.losses import Losses, weigh
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Batch
-from varzoo.generators.causal import CausalGenerator, cross_entropy, weigh
+from varzoo.generators.causal import CausalGenerator, cross_entropy
 from varzoo.generators.conditioners import Conditioner
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.llama import Sight

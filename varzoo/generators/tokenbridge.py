@@ -21,12 +21,12 @@ from torch import Tensor
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import Ignore, KeyMap
-from varzoo.core.losses import Losses
+from varzoo.core.losses import Losses, weighted_mean
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.masked import TruncatedNormalRate
-from varzoo.generators.masked_transformer import MaskedDecoding, MaskedGenerator, weighted_mean
+from varzoo.generators.masked_transformer import MaskedDecoding, MaskedGenerator
 from varzoo.nn.channel_transformer import ChannelTransformer, Classifier, channel_transformer_rules
 from varzoo.nn.gaussian_quantizer import GaussianQuantizer, gaussian_bins
 from varzoo.nn.masked_vit import MaskedViT, take_rows

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import Ignore, Rename, Rule
-from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Condition, Decoding, Generator
@@ -161,10 +160,3 @@ class UnitDecoding(Decoding):
             cache=self._cache if branches == self._branches else self._cache.first(branches * self.batch))
         self.held[:branches] = [index + self.ahead] * branches
         return hidden[:, self._bounds[index][0] - start:]
-
-
-def flow_losses(per_sample: Tensor, weights: Tensor | None) -> Losses:
-    """Errors `[B]`, averaged over the batch with the samples' weights."""
-    weights = torch.ones_like(per_sample) if weights is None else weights
-    total = (per_sample * weights).sum() / weights.sum()
-    return Losses(total=total, parts={"velocity": total.detach()})

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import Ignore, KeyMap, Rename
-from varzoo.core.losses import Losses
+from varzoo.core.losses import Losses, weigh
 from varzoo.core.steps import Schedule, Step
 from varzoo.generators.base import Batch, Condition
-from varzoo.generators.unitwise import UnitDecoding, UnitGenerator, flow_losses
+from varzoo.generators.unitwise import UnitDecoding, UnitGenerator
 from varzoo.nn.denoiser import FREQUENCIES, MODULATION_NUMBERS, time_frequencies
 from varzoo.nn.modulated_transformer import initialise, time_index
 from varzoo.predictions.flow import FlowPrediction
@@ -69,7 +69,7 @@ class XAR(UnitGenerator):
         at = times[:, self.turn, None]
         vectors = self.class_vectors(batch.condition, draws.uniform("drop_label") < self.class_drop)
         velocity = self.velocity((1 - at) * clean + at * noise, times, vectors)
-        return flow_losses((velocity - (noise - clean)).square().mean(dim=(1, 2)), batch.weights)
+        return weigh({"velocity": (velocity - (noise - clean)).square().mean(dim=(1, 2))}, batch.weights)
 
     def open(self, condition: Condition, guidance: Schedule | None) -> XARDecoding:
         return XARDecoding(self, condition, guidance)
