@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.rotary import rotate
 
@@ -41,8 +42,8 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} must be a multiple of the {heads} heads.")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        self.qkv = FewRowsLinear(width, 3 * width)
+        self.out = FewRowsLinear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rows: Tensor, sight: Sight, cache: KVCache | None, layer: int,
@@ -62,9 +63,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, *, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate = FewRowsLinear(width, hidden)
+        self.up = FewRowsLinear(width, hidden)
+        self.down = FewRowsLinear(hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
