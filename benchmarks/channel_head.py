@@ -29,8 +29,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
 
+    config = compose_config("sample", [f"generator=tokenbridge_{options.size}", "checkpoint=none"])
     with torch.device(options.device):
-        head = build(compose_config("sample", [f"generator=tokenbridge_{options.size}", "checkpoint=none"]).generator).head
+        head = build(config.generator).head
     for name, parameter in head.named_parameters():
         if "modulation" in name:  # zero at first, which would hide any difference
             nn.init.normal_(parameter, std=0.02)

@@ -46,7 +46,8 @@ def main() -> None:
         decoded = tokenizer.decode(tokenizer.encode(images)).clamp(-1, 1)
         statistics = quantization_statistics(tokenizer, [images])
         errors.append((decoded - images).square().mean().item())
-        print(f"| {bits} | {errors[-1]:.5f} | {(decoded - plain).square().mean().item():.2e} | {statistics.error:.2e} | "
+        to_plain = (decoded - plain).square().mean().item()
+        print(f"| {bits} | {errors[-1]:.5f} | {to_plain:.2e} | {statistics.error:.2e} | "
               f"{statistics.outside} of {statistics.count} |", flush=True)
     print(f"| not quantised | {unquantised:.5f} | 0 | 0 | |")
 
