@@ -31,7 +31,7 @@ from varzoo.tokenizers.base import Tokenizer
 
 @torch.no_grad()
 def reconstructions(tokenizer: Tokenizer, images: Tensor, counts: Sequence[int], seeds: Sequence[int]) -> Tensor:
-    """Images in [-1, 1] from the first k tokens, `[seeds, counts, B, 3, H, W]`; a seed's noise is the same for every k."""
+    """Images in [-1, 1] from the first k tokens, `[seeds, counts, B, 3, H, W]`; every k has the noise of its seed."""
     tokens = tokenizer.encode(images)
     noises = [Draws(seed, range(len(images))) for seed in seeds]
     return torch.stack([torch.stack([tokenizer.decode(tokens[:, :k], draws).clamp(-1, 1) for k in counts])
