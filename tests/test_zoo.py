@@ -14,6 +14,9 @@ from varzoo.hub import PUBLISHED, fetch
 from varzoo.loading import build, compose_config, list_models, load
 
 
+UNPUBLISHED = ("resgen",)  # neither code nor weights, so no official layout
+
+
 def names(group: str) -> list[str]:
     files = (resources.files("varzoo.configs") / group).iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files
@@ -50,7 +53,8 @@ def test_every_size_builds(group: str) -> None:
     for name in names(group):
         config = compose_config("sample", [f"{group}={name}", "checkpoint=none"])[group]
         with torch.device("meta"):
-            assert build(config).key_maps(), name
+            layouts = build(config).key_maps()
+        assert layouts or name.startswith(UNPUBLISHED), name
 
 
 def test_published_files_belong_to_configs() -> None:

@@ -118,10 +118,10 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a checkpoint of ours or of the official code into a model, strictly, and put it into eval mode."""
     path = existing(path)
     state = read_weights(path)
-    own = set(model.state_dict())
-    if set(state) != own:
+    own, layouts = set(model.state_dict()), model.key_maps()
+    if layouts and set(state) != own:
         problems = []
-        for layout, key_map in model.key_maps().items():
+        for layout, key_map in layouts.items():
             try:
                 translated = key_map.to_ours(state)
             except ValueError as error:

@@ -17,7 +17,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.keymap import Ignore, KeyMap, Rename
@@ -27,6 +26,7 @@ from varzoo.generators.base import Batch, Condition
 from varzoo.generators.causal import CausalGenerator, cross_entropy, initialise
 from varzoo.generators.conditioners import CaptionPrefix, Conditioner
 from varzoo.generators.orders import Order, Turn
+from varzoo.nn.code_tables import code_tables, look_up, require_tables
 from varzoo.nn.gpt import GPTStack, gpt_rules
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.llama import Sight
@@ -100,25 +100,14 @@ class RQTransformer(CausalGenerator):
         return self.code_channels is not None
 
     def use_codebook(self, codebook: Tensor) -> None:
-        tables = codebook.unflatten(0, (-1, self.spec.size)) if codebook.ndim == 2 else codebook
-        if tables.shape[1:] != (self.spec.size, self.code_channels) or len(tables) not in (1, self.levels):
-            raise ValueError(f"this generator embeds {self.spec.size} codes of {self.code_channels} channels, one "
-                             f"codebook or one for each of {self.levels} levels; the tokenizer has "
-                             f"{list(codebook.shape)}: set code_channels, or choose its tokenizer.")
-        self.codebook = tables.detach().clone().to(self.level_positions.device)
+        tables = code_tables(codebook, size=self.spec.size, channels=self.code_channels, levels=self.levels)
+        self.codebook = tables.to(self.level_positions.device)
 
     def code_vectors(self, ids: Tensor) -> Tensor:
         """Ids `[..., d]` of the first d levels -> vectors `[..., d, C]` of the codebook or of the learned tables."""
         if self.code_channels is None:
-            table, separate = self.token_table.weight, not self.shared_table
-        elif self.codebook is None:
-            raise ValueError("this generator embeds codes by its tokenizer's code vectors and has none yet: compose "
-                             "the two, as Model(...) does, or call generator.use_codebook(tokenizer.codebook()).")
-        else:
-            table, separate = self.codebook.flatten(0, 1).to(self.level_positions.dtype), len(self.codebook) > 1
-        if separate:
-            ids = ids + self.spec.size * torch.arange(ids.shape[-1], device=ids.device)
-        return F.embedding(ids, table)
+            return look_up(self.token_table.weight.unflatten(0, (-1, self.spec.size)), ids)
+        return look_up(require_tables(self.codebook).to(self.level_positions.dtype), ids)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids `[B, m, D]` -> embeddings `[B, m, width]`, positions not included."""

@@ -28,6 +28,14 @@ class Quantised(NamedTuple):
     partial_sums: Tensor
 
 
+def squared_distances(x: Tensor, table: Tensor) -> Tensor:
+    """Squared distances `[..., K]` of vectors `[..., C]` from those of a table `[K, C]`.
+
+    Expanded, since differences would take C times the memory.
+    """
+    return x.square().sum(-1, keepdim=True) + table.square().sum(-1) - 2 * x @ table.T
+
+
 class Codebook(nn.Module):
     """K code vectors, the moving averages of how often each is chosen, and of the sums of what it is chosen for."""
 
@@ -39,8 +47,8 @@ class Codebook(nn.Module):
         self.register_buffer("sums", vectors.clone())
 
     def distances(self, x: Tensor) -> Tensor:
-        """Squared distances `[..., K]` of vectors `[..., C]`. Expanded: differences would take C times the memory."""
-        return x.square().sum(-1, keepdim=True) + self.vectors.square().sum(-1) - 2 * x @ self.vectors.T
+        """Squared distances `[..., K]` of vectors `[..., C]`."""
+        return squared_distances(x, self.vectors)
 
     @torch.no_grad()
     def follow(self, x: Tensor, ids: Tensor, decay: float, restarts: AnyDraws | None, level: int) -> None:
