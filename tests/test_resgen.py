@@ -496,6 +496,12 @@ def test_a_plain_codebook_is_a_code_of_depth_one() -> None:
     assert tokenizer.decode(tokens).shape[1] == 3
 
 
+def test_codes_that_do_not_add_up_are_refused() -> None:
+    tokenizer = build(compose_config("train", ["experiment=digits_bae"]).tokenizer)
+    with pytest.raises(ValueError, match="BinaryTokenizer has no codebook, which this generator embeds its codes with"):
+        fit_together(tokenizer, small_generator(spec=tokenizer.spec))
+
+
 def test_published_size() -> None:
     """The paper says 576M parameters for rvq16."""
     config = compose_config("sample", ["generator=resgen_rvq16", "checkpoint=none"]).generator

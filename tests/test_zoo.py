@@ -13,7 +13,6 @@ from varzoo.core.spec import require_same_tokens
 from varzoo.hub import PUBLISHED, fetch
 from varzoo.loading import build, compose_config, list_models, load
 
-
 UNPUBLISHED = ("resgen",)  # neither code nor weights, so no official layout
 
 

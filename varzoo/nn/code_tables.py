@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from varzoo.nn.residual_quantizer import squared_distances
+from varzoo.nn.codebook import squared_distances
 
 
 def code_tables(codebook: Tensor, *, size: int, channels: int, levels: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varzoo.core.draws import AnyDraws, inverse_cdf
+from varzoo.nn.codebook import squared_distances
 from varzoo.nn.processes import rows_of_processes, sum_over_processes
 
 EPSILON = 1e-5  # added to every code's count before vectors are divided by it
@@ -26,14 +27,6 @@ class Quantised(NamedTuple):
 
     ids: Tensor
     partial_sums: Tensor
-
-
-def squared_distances(x: Tensor, table: Tensor) -> Tensor:
-    """Squared distances `[..., K]` of vectors `[..., C]` from those of a table `[K, C]`.
-
-    Expanded, since differences would take C times the memory.
-    """
-    return x.square().sum(-1, keepdim=True) + table.square().sum(-1) - 2 * x @ table.T
 
 
 class Codebook(nn.Module):

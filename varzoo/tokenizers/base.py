@@ -157,5 +157,9 @@ class Tokenizer(nn.Module, ABC):
         """The code vectors `[K, C]` as decoded, or `[D, K, C]` where every level of a code has its own.
 
         Neighbour tables and generators that embed codes use them.
+
+        Raises:
+            ValueError: the tokens stand for no learned vectors.
         """
-        raise AttributeError(f"{type(self).__name__} has no codebook.")
+        raise ValueError(f"{type(self).__name__} has no codebook, which this generator embeds its codes with: choose a "
+                         "tokenizer that has one, such as vq16 or rq_f32.")

@@ -24,6 +24,7 @@ from varzoo.core.errors import unknown
 from varzoo.core.keymap import Alias, KeyMap, Rename
 from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
+from varzoo.nn.codebook import perplexity
 from varzoo.nn.conv_autoencoder import (
     build_decoder,
     build_encoder,
@@ -34,7 +35,6 @@ from varzoo.nn.conv_autoencoder import (
 )
 from varzoo.nn.residual_quantizer import Quantised, ResidualQuantizer
 from varzoo.tokenizers.base import UINT8_RULES, Tokenizer
-from varzoo.tokenizers.vq import perplexity
 
 PREVIEWS = ("add", "select")
 
