@@ -39,6 +39,45 @@ class Prefix:
     tokens: int
 
 
+@dataclass(frozen=True, eq=False)
+class Completion:
+    """A plan: keep the tokens that are given, draw the others in the generator's order.
+
+    What is given is seen when its turn comes, so only what is drawn later knows of it: exact where the first positions
+    of the order are given, and a constraint that earlier positions do not foresee elsewhere.
+
+    Args:
+        tokens: `[B, N]` or `[B, N, D]` in raster order, or one row `[1, ...]` for all samples; read where known.
+        known: `[B, N]`, `[1, N]` or `[N]` bool.
+    """
+
+    tokens: Tensor
+    known: Tensor
+
+    def of_batch(self, size: int, spec: TokenSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Tokens `[B, N, ...]`, 0 where not known, and known positions `[B, N]`.
+
+        Raises:
+            ValueError: they do not fit the tokens of the spec or the batch.
+        """
+        ids = (spec.length,) if spec.depth == 1 else (spec.length, spec.depth)
+        tokens, known = self.tokens.to(device), self.known.to(device)
+        if known.dtype != torch.bool or known.shape[-1:] != ids[:1] or tokens.shape[1:] != ids:
+            raise ValueError(f"a completion of {spec} needs tokens [B, {', '.join(map(str, ids))}] and a boolean mask "
+                             f"[B, {spec.length}], got {list(tokens.shape)} and {known.dtype} {list(known.shape)}.")
+        if len(tokens) not in (1, size) or known.shape[:-1] not in ((), (1,), (size,)):
+            raise ValueError(f"a completion is given for every sample or once for all; for {size} samples there are "
+                             f"tokens {list(tokens.shape)} and a mask {list(known.shape)}.")
+        known = known.expand(size, -1)
+        tokens = tokens.expand(size, *ids).masked_fill(~known.view(*known.shape, *(1,) * (len(ids) - 1)), 0)
+        if tokens.min() < 0 or tokens.max() >= spec.size:
+            raise ValueError(f"given ids must lie in 0 to {spec.size - 1}, got {int(tokens.min())} to "
+                             f"{int(tokens.max())}.")
+        if known.all():
+            raise ValueError("all tokens are given, so there is nothing to draw: decode them.")
+        return tokens.long(), known
+
+
 class CausalGenerator(Generator):
     """Base of generators that feed tokens causally after prefix tokens.
 
@@ -143,12 +182,13 @@ class CausalGenerator(Generator):
 
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> CausalDecoding:
-        """Open a decoding; `plan` is None, or a Prefix where any prefix of the tokens decodes."""
+        """Open a decoding; `plan` is None, a Completion, or a Prefix where any prefix of the tokens decodes."""
         self.check_condition(condition)
-        if plan is None:
-            return CausalDecoding(self, condition, of_phase(guidance), self.spec.length)
+        if plan is None or isinstance(plan, Completion):
+            return CausalDecoding(self, condition, of_phase(guidance), self.spec.length, plan)
         if not isinstance(plan, Prefix):
-            raise ValueError(f"the order of {type(self).__name__} is fixed, so it takes no plan, got {plan}.")
+            raise ValueError(f"the order of {type(self).__name__} is fixed, so it takes no plan but a "
+                             f"Completion or a Prefix, got {plan}.")
         if not self.spec.prefix_decodes:
             raise ValueError(f"no prefix of {self.spec} decodes, so all of it is drawn; it takes no plan, got {plan}.")
         if not 1 <= plan.tokens <= self.spec.length:
@@ -173,23 +213,21 @@ class CausalDecoding(Decoding):
     Args:
         generator, condition, guidance: as given to `begin`.
         count: tokens to draw; `tokens` has as many.
+        given: what is known from the beginning. Steps that would draw nothing else are left out; the others keep their
+            numbers, so that schedules see the whole sequence's.
     """
 
-    def __init__(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None,
-                 count: int) -> None:
+    def __init__(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None, count: int,
+                 given: Completion | None = None) -> None:
         self.generator, self.guidance = generator, guidance
         device = next(generator.parameters()).device
         self._turns = generator.order.on(device)
-        total = generator.spec.length
-        drawn = 0
-        self._plan: list[Step] = []
-        for index, turn in enumerate(self._turns):
-            if drawn >= count:
-                break
-            drawn += len(turn.positions)
-            self._plan.append(Step(index=index, of=len(self._turns), drawn=drawn - len(turn.positions),
-                                   left=total - drawn, total=total,
-                                   positions=turn.positions.expand(condition.size, -1)))
+        ids = (count,) if generator.spec.depth == 1 else (count, generator.spec.depth)
+        self.tokens, self._known = torch.zeros(condition.size, *ids, dtype=torch.long, device=device), None
+        if given is not None:
+            self.tokens, self._known = given.of_batch(condition.size, generator.spec, device)
+        self._plan = list(self._steps(condition.size, count))
+        self._place = {step.index: place for place, step in enumerate(self._plan)}
         guided = needs_null_branch(guidance, self._plan)
 
         condition = condition.to(device)
@@ -200,8 +238,16 @@ class CausalDecoding(Decoding):
         self._cache = generator.new_cache(len(self._prefix))
         self._keys = None if self._valid is None else known_keys(self._valid, self._cache.slots)
         self._done = 0
-        ids = (count,) if generator.spec.depth == 1 else (count, generator.spec.depth)
-        self.tokens = torch.zeros(condition.size, *ids, dtype=torch.long, device=device)
+
+    def _steps(self, size: int, count: int) -> Iterator[Step]:
+        total, drawn = self.generator.spec.length, 0
+        for index, turn in enumerate(self._turns):
+            if drawn >= count:
+                return
+            drawn += len(turn.positions)
+            if self._known is None or not self._known[:, turn.positions].all():
+                yield Step(index=index, of=len(self._turns), drawn=drawn - len(turn.positions), left=total - drawn,
+                           total=total, positions=turn.positions.expand(size, -1))
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -210,27 +256,46 @@ class CausalDecoding(Decoding):
 
     def predict(self, step: Step) -> Prediction:
         turn = self._turns[step.index]
-        features = self.generator.read(self._feed(turn), turn)
+        features = self.generator.read(self._feed(step), turn)
         if self._branches == 2:
             # Heads are affine, so guided features give guided logits, at half the work of guiding the logits.
             features = [guide(part, self.guidance(step)) for part in features]
         return self.generator.prediction(features, turn, step.positions)
 
     def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:
-        positions = step.positions.view(*step.positions.shape, *(1,) * (tokens.ndim - 2))
-        self.tokens.scatter_(1, positions.expand_as(tokens), tokens)
-        self._done = step.index + 1
+        positions = step.positions.view(*step.positions.shape, *(1,) * (tokens.ndim - 2)).expand_as(tokens)
+        if self._known is not None:
+            known = self._known.gather(1, step.positions).view(*step.positions.shape, *(1,) * (tokens.ndim - 2))
+            tokens = torch.where(known, self.tokens.gather(1, positions), tokens)
+        self.tokens.scatter_(1, positions, tokens)
+        self._done = self._place[step.index] + 1
 
-    def _feed(self, turn: Turn) -> list[Tensor]:
-        """Feed what the step before drew (the prefix before the first); a second call writes the same slots again."""
-        start, self._cache.reach = turn.fed
+    def _feed(self, step: Step) -> list[Tensor]:
+        """Feed what came since the step drawn before (the prefix before the first); returns the turn's hidden states.
+
+        That is what it drew, and what was given in turns left out. A second call writes the same slots again.
+        """
+        place, turn = self._place[step.index], self._turns[step.index]
+        before = self._plan[place - 1].index if place else -1
+        turns = self._turns[before + 1:step.index + 1]
+        start, reach = turns[0].fed[0], turn.fed[1]
+        self._cache.reach = reach
+        ids = torch.cat([other.ids for other in turns])
+        parts = [self._prefix] if start == 0 else []
+        if len(ids):
+            parts.append(self.generator.embed(torch.cat([self.tokens[:, ids]] * self._branches)))
+        x = torch.cat(parts, dim=1)
         if start == 0:
-            x, sight = self._prefix, self.generator.sight(self._cache.reach, self._valid, self._prefix.device)
-        else:
-            x = self.generator.embed(torch.cat([self.tokens[:, turn.ids]] * self._branches))
+            sight = self.generator.sight(reach, self._valid, x.device)
+        elif len(turns) == 1:
             # Everything in the cache was known before, or becomes known now: only padding is hidden.
-            sight = Sight(mask=None if self._keys is None else self._keys[..., :self._cache.reach])
-        return self.generator.run(x, slice(*turn.fed), sight=sight, cache=self._cache)
+            sight = Sight(mask=None if self._keys is None else self._keys[..., :reach])
+        else:
+            visible = self.generator.order.turn[:reach]
+            visible = (visible <= visible[start:, None]).to(x.device)
+            sight = Sight(mask=visible if self._keys is None else visible & self._keys[..., :reach])
+        hidden = self.generator.run(x, slice(start, reach), sight=sight, cache=self._cache)
+        return [states[:, turn.fed[0] - start:] for states in hidden]
 
 
 def guide(features: Tensor, scale: float) -> Tensor:
