@@ -187,8 +187,7 @@ class CausalGenerator(Generator):
         if plan is None or isinstance(plan, Completion):
             return CausalDecoding(self, condition, of_phase(guidance), self.spec.length, plan)
         if not isinstance(plan, Prefix):
-            raise ValueError(f"the order of {type(self).__name__} is fixed, so it takes no plan but a "
-                             f"Completion or a Prefix, got {plan}.")
+            raise ValueError(f"the order of {type(self).__name__} is fixed, so it takes no plan, got {plan}.")
         if not self.spec.prefix_decodes:
             raise ValueError(f"no prefix of {self.spec} decodes, so all of it is drawn; it takes no plan, got {plan}.")
         if not 1 <= plan.tokens <= self.spec.length:
