@@ -18,24 +18,26 @@ from varzoo.loading import Model
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to draw: one entry per image, or text features.
+    """What to draw: one entry per image, of labels or text.
 
     Args:
         labels: class of every image; None for an unconditional model or text.
         features: `[count, T, C]` text features with `mask` `[count, T]`.
+        ids: `[count, T]` text token ids, for generators that embed text themselves.
         prompts: the prompt of every image, where it is known.
-        count: number of images where there is neither.
+        count: number of images where there is none of these.
     """
 
     labels: Sequence[int] | None = None
     features: Tensor | None = None
     mask: Tensor | None = None
+    ids: Tensor | None = None
     prompts: Sequence[str] = ()
     count: int = 0
 
     def __len__(self) -> int:
-        given = self.labels if self.labels is not None else self.features
-        return self.count if given is None else len(given)
+        given = [entries for entries in (self.labels, self.features, self.ids) if entries is not None]
+        return len(given[0]) if given else self.count
 
     def condition(self, indices: Sequence[int]) -> Condition:
         """The condition of some of the images."""
@@ -43,6 +45,8 @@ class Request:
             return Condition.classes(torch.tensor([self.labels[index] for index in indices]))
         if self.features is not None:
             return Condition.text(self.features[list(indices)], self.mask[list(indices)])
+        if self.ids is not None:
+            return Condition.captions(self.ids[list(indices)])
         return Condition.nothing(len(indices))
 
 

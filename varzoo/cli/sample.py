@@ -14,10 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from varzoo.core.checkpoint import weights_hash
 from varzoo.core.errors import unknown
 from varzoo.eval.writers import NpzFile, PNGFolder, SampleWriter, save_grid
-from varzoo.generators.base import Condition
 from varzoo.loading import Model, build, from_config, register_run
 from varzoo.sampling import Request, draw
-from varzoo.text import TextFeatures, cached_features, load_features, read_prompts, shortened
+from varzoo.text import (
+    CaptionIds,
+    CaptionTokenizer,
+    TextFeatures,
+    cached_features,
+    load_features,
+    read_prompts,
+    shortened,
+)
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OUTPUTS = ("grid", "folder", "npz")
@@ -95,11 +102,12 @@ def make_request(config: DictConfig, model: Model) -> Request:
     if model.generator.num_classes is None:
         if config.labels is not None:
             raise ValueError("this model is conditioned on text and knows no labels: give prompts=FILE instead.")
-        text, times = text_features(config), config.per_class
-        model.generator.check_condition(Condition.text(text.features, text.mask))
-        return Request(features=text.features.repeat_interleave(times, dim=0),
-                       mask=text.mask.repeat_interleave(times, dim=0),
-                       prompts=[prompt for prompt in text.prompts for _ in range(times)])
+        text = text_of(config)
+        rows = torch.arange(len(text)).repeat_interleave(config.per_class)
+        condition = text.condition(rows)
+        model.generator.check_condition(condition)
+        prompts = [text.prompts[row] for row in rows] if text.prompts else ()
+        return Request(features=condition.features, mask=condition.mask, ids=condition.ids, prompts=prompts)
     if given:
         raise ValueError(f"this model is conditioned on classes, so it takes labels=[...] and no {' or '.join(given)}.")
     labels = range(model.generator.num_classes) if config.labels is None else config.labels
@@ -107,8 +115,8 @@ def make_request(config: DictConfig, model: Model) -> Request:
     return Request(labels=[label for label in labels for _ in range(config.per_class)])
 
 
-def text_features(config: DictConfig) -> TextFeatures:
-    """The features asked for: encoded from prompts (and kept, if there is a file to keep them in), or from a file."""
+def text_of(config: DictConfig) -> TextFeatures | CaptionIds:
+    """The text asked for: of prompts (features are kept, if there is a file to keep them in), or features of a file."""
     if config.prompts is None:
         if config.features is None or config.text_encoder is not None:
             raise ValueError("this model is conditioned on text: give prompts=FILE (one per line), or "
@@ -118,8 +126,15 @@ def text_features(config: DictConfig) -> TextFeatures:
         raise ValueError("which text encoder is this model's? Name its config, as in text=t5_xl.")
     prompts, settings = read_prompts(config.prompts), config.text
     if config.text_encoder is not None:  # naming an encoder is also the leave to download it
-        settings = OmegaConf.merge(settings, {"source": config.text_encoder, "download": True})
-    encoder = build(settings).to(device=chosen_device(config.device), dtype=PRECISIONS[config.precision])
+        settings = OmegaConf.merge(settings, {"source": config.text_encoder})
+        if "download" in settings:
+            settings.download = True
+    encoder = build(settings)
+    if isinstance(encoder, CaptionTokenizer):
+        if config.features is not None:
+            raise ValueError("this model reads token ids of prompts, which are not kept in files: leave features out.")
+        return encoder.encode(prompts)
+    encoder = encoder.to(device=chosen_device(config.device), dtype=PRECISIONS[config.precision])
     return encoder.encode(prompts) if config.features is None else cached_features(config.features, prompts, encoder)
 
 
@@ -138,8 +153,8 @@ def place(model: Model, device: str, dtype: torch.dtype) -> Model:
 
 def describe(config: DictConfig, model: Model, request: Request) -> dict[str, Any]:
     """What identifies a set of samples: another run's output folder is refused by it."""
-    asked = ({"labels": torch.tensor(request.labels)} if request.features is None
-             else {"features": request.features, "mask": request.mask})
+    asked = {name: tensor for name, tensor in vars(request.condition(range(len(request)))).items()
+             if isinstance(tensor, torch.Tensor)}
     return {
         "asked": weights_hash(asked), "generator": weights_hash(model.generator.state_dict()),
         "tokenizer": weights_hash(model.tokenizer.state_dict()),

@@ -1,8 +1,9 @@
-"""Prompts to features that generators are conditioned on."""
+"""Prompts to what generators are conditioned on: features of a frozen encoder, or token ids."""
 
+from varzoo.text.captions import CaptionIds, CaptionTokenizer
 from varzoo.text.encoder import TextEncoder
 from varzoo.text.features import TextFeatures, cached_features, class_features, load_features, save_features
 from varzoo.text.prompts import class_prompts, read_prompts, shortened
 
-__all__ = ["TextEncoder", "TextFeatures", "cached_features", "class_features", "class_prompts", "load_features",
-           "read_prompts", "save_features", "shortened"]
+__all__ = ["CaptionIds", "CaptionTokenizer", "TextEncoder", "TextFeatures", "cached_features", "class_features",
+           "class_prompts", "load_features", "read_prompts", "save_features", "shortened"]
