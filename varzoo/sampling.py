@@ -14,6 +14,7 @@ from varzoo.eval.previews import write_previews
 from varzoo.eval.score import Samples
 from varzoo.generators.base import Condition
 from varzoo.loading import Model
+from varzoo.rejection import Rejection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +52,22 @@ class Request:
 
 
 def draw(model: Model, request: Request, *, seed: int, batch_size: int, indices: Sequence[int] | None = None,
-         previews: Path | None = None, progress: bool = True) -> Iterator[Samples]:
+         previews: Path | None = None, rejection: Rejection | None = None,
+         progress: bool = True) -> Iterator[Samples]:
     """Draw the images of a request, or those of `indices`; an image depends on seed and index, never on the batch.
+
+    With `rejection`, several candidates are drawn for every image and the best is kept.
 
     With `previews`, what each image looked like while its tokens came is written to that folder (`write_previews`).
     """
     indices = list(range(len(request)) if indices is None else indices)
+    if rejection is not None:
+        if previews is not None:
+            raise ValueError("previews show every image while it is drawn, and rejection draws many that are not kept: "
+                             "leave one of the two out.")
+        rejection.check(request.labels)
+        yield from _draw_best(model, request, indices, rejection, seed=seed, batch_size=batch_size, progress=progress)
+        return
     with tqdm(total=len(indices), desc="sampling", unit="image", disable=not progress) as bar:
         for start in range(0, len(indices), batch_size):
             part = indices[start:start + batch_size]
@@ -76,3 +87,20 @@ def draw(model: Model, request: Request, *, seed: int, batch_size: int, indices:
             labels = None if request.labels is None else torch.tensor([request.labels[index] for index in part])
             bar.update(len(part))
             yield Samples(images.cpu(), labels, torch.tensor(part))
+
+
+def _draw_best(model: Model, request: Request, indices: Sequence[int], rejection: Rejection, *, seed: int,
+               batch_size: int, progress: bool) -> Iterator[Samples]:
+    """The best candidate of every image; a batch holds all candidates of as many images as fit, of one at least."""
+    count = max(1, batch_size // rejection.candidates)
+    with tqdm(total=len(indices), desc="sampling", unit="image", disable=not progress) as bar:
+        for start in range(0, len(indices), count):
+            part = indices[start:start + count]
+            candidates = [(index, sample) for index in part for sample in rejection.of(index)]
+            images, labels = [], torch.tensor([request.labels[index] for index, _ in candidates])
+            for first in range(0, len(candidates), batch_size):
+                rows, samples = zip(*candidates[first:first + batch_size])
+                images.append(model.sample(request.condition(rows), seed=seed, samples=samples)[0])
+            best = rejection.best(torch.cat(images), labels.to(images[0].device))
+            bar.update(len(part))
+            yield Samples(best.cpu(), labels[::rejection.candidates], torch.tensor(part))

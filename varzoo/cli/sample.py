@@ -15,6 +15,7 @@ from varzoo.core.checkpoint import weights_hash
 from varzoo.core.errors import unknown
 from varzoo.eval.writers import NpzFile, PNGFolder, SampleWriter, save_grid
 from varzoo.loading import Model, build, from_config, register_run
+from varzoo.rejection import Rejection
 from varzoo.sampling import Request, draw
 from varzoo.text import (
     CaptionIds,
@@ -70,7 +71,7 @@ def sample(config: DictConfig) -> Path:
         else NpzFile(path=out, manifest=manifest, count=len(request), image_size=model.tokenizer.image_size))
     indices = writer.missing(range(rank, len(request), world_size))
     for samples in draw(model, request, seed=config.seed, batch_size=config.batch_size, indices=indices,
-                        previews=previews_of(config), progress=rank == 0):
+                        previews=previews_of(config), rejection=rejection_of(config), progress=rank == 0):
         labels = None if samples.labels is None else samples.labels.tolist()
         writer.write(samples.images, samples.indices.tolist(), labels)
     writer.close()
@@ -79,7 +80,8 @@ def sample(config: DictConfig) -> Path:
 
 def draw_grid(config: DictConfig, model: Model, request: Request, path: Path) -> Path:
     """Draw everything into one PNG, a row per label or prompt."""
-    batches = draw(model, request, seed=config.seed, batch_size=config.batch_size, previews=previews_of(config))
+    batches = draw(model, request, seed=config.seed, batch_size=config.batch_size, previews=previews_of(config),
+                   rejection=rejection_of(config))
     images = torch.cat([samples.images for samples in batches])
     if request.prompts:
         names = [shortened(prompt) for prompt in request.prompts[::config.per_class]]
@@ -94,6 +96,10 @@ def draw_grid(config: DictConfig, model: Model, request: Request, path: Path) ->
 
 def previews_of(config: DictConfig) -> Path | None:
     return None if config.previews is None else Path(config.previews)
+
+
+def rejection_of(config: DictConfig) -> Rejection | None:
+    return None if config.rejection is None else build(config.rejection)
 
 
 def make_request(config: DictConfig, model: Model) -> Request:
@@ -155,7 +161,9 @@ def describe(config: DictConfig, model: Model, request: Request) -> dict[str, An
     """What identifies a set of samples: another run's output folder is refused by it."""
     asked = {name: tensor for name, tensor in vars(request.condition(range(len(request)))).items()
              if isinstance(tensor, torch.Tensor)}
-    return {
+    rejection = OmegaConf.to_container(config.rejection, resolve=True) if config.rejection else None
+    # Named only where there is any: folders of older samples stay what they are.
+    return ({"rejection": rejection} if rejection else {}) | {
         "asked": weights_hash(asked), "generator": weights_hash(model.generator.state_dict()),
         "tokenizer": weights_hash(model.tokenizer.state_dict()),
         "sampler": OmegaConf.to_container(config.sampler, resolve=True), "decode": dict(config.decode or {}),

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import resnet101
+from torchvision.transforms.functional import normalize
 
 from varzoo.core.checkpoint import load_strictly, read_weights, save_weights, weights_hash
 from varzoo.core.draws import Draws
@@ -178,6 +180,38 @@ def _shifted(images: Tensor, most: int, draws: Draws) -> Tensor:
 def cache_folder(given: str | Path | None) -> Path:
     """Where derived files are kept: the given folder, else `$VARZOO_CACHE`, else ~/.cache/varzoo."""
     return Path(given or os.environ.get("VARZOO_CACHE") or Path.home() / ".cache" / "varzoo")
+
+
+class ResNetFeatures(FeatureExtractor):
+    """torchvision's ResNet-101 of ImageNet: 2048 features, 1000 classes in the order of their wnids.
+
+    Images are resized to 224 x 224 (bilinear, antialiased) and normalised as in its training.
+
+    Args:
+        weights: file of the weights, as torchvision publishes them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not given, or is no ResNet-101.
+    """
+
+    name, metric, dim, classes = "resnet101", "fd_resnet101", 2048, 1000
+    SIDE, MEAN, STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, *, weights: str | Path | None) -> None:
+        super().__init__()
+        if weights is None:
+            raise ValueError("the ResNet-101 needs its weights: give the file that torchvision publishes "
+                             "(resnet101-*.pth), as in rejection.classifier.weights=FILE.")
+        self.network = resnet101()
+        load_strictly(self.network, read_weights(weights), str(weights))
+        self.head, self.network.fc = self.network.fc, nn.Identity()
+        self.eval().requires_grad_(False)
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        resized = F.interpolate(images.float() / 255, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
+        features = self.network(normalize(resized, self.MEAN, self.STD))
+        return {"features": features, "logits": self.head(features)}
 
 
 class InceptionFeatures(FeatureExtractor):
