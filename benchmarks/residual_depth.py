@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from varzoo.loading import build, compose_config, load_tokenizer
+from varzoo.nn.codebook import perplexity
 from varzoo.training.run import train
 
 DEPTHS = (1, 2, 4, 8)
@@ -29,8 +30,8 @@ def main() -> None:
     heldout = build(compose_config("train", ["experiment=digits_rqvae"]).data.heldout)
     images = torch.stack([heldout[index]["image"] for index in range(len(heldout))])
     errors = {}
-    print("| depth | held-out MSE | from the first 1, 2, ... levels | codes used per level |")
-    print("| --- | --- | --- | --- |")
+    print("| depth | held-out MSE | from the first 1, 2, ... levels | codes used per level | perplexity per level |")
+    print("| --- | --- | --- | --- | --- |")
     for depth in DEPTHS:
         folder = train(compose_config("train", [
             "experiment=digits_rqvae", f"tokenizer.depth={depth}", f"steps={options.steps}", "samples_every=0",
@@ -40,10 +41,12 @@ def main() -> None:
             tokens = tokenizer.encode(images)
             levels = [(tokenizer.preview(tokens, level) - images).square().mean().item()
                       for level in range(1, depth + 1)]
-        used = [len(ids.unique()) for ids in tokens.view(*tokens.shape[:2], -1).unbind(-1)]
+        levels_of_ids = tokens.view(*tokens.shape[:2], -1).unbind(-1)
+        used = [len(ids.unique()) for ids in levels_of_ids]
+        evenness = [perplexity(ids, tokenizer.spec.size).item() for ids in levels_of_ids]
         errors[depth] = levels
         print(f"| {depth} | {levels[-1]:.5f} | {', '.join(f'{error:.5f}' for error in levels)} | "
-              f"{', '.join(map(str, used))} |", flush=True)
+              f"{', '.join(map(str, used))} | {', '.join(f'{value:.0f}' for value in evenness)} |", flush=True)
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot()
