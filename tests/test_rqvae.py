@@ -12,15 +12,18 @@ from tests.adapters.rqvae import codebook_state, tokenizer_of, transformer_of
 from tests.golden_case import load_case
 from varzoo.core.draws import Draws
 from varzoo.core.keymap import Concat, KeyMap
+from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Constant
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.conditioners import CaptionPrefix, ClassPrefix
 from varzoo.generators.rq import RQTransformer
-from varzoo.loading import Model, fit_together
+from varzoo.loading import Model, build, compose_config, fit_together
 from varzoo.nn.residual_quantizer import ResidualQuantizer
 from varzoo.samplers import Autoregressive
 from varzoo.tokenizers.rq import RQTokenizer, fold_latents, unfold_latents
+from varzoo.training.callbacks import read_metrics
+from varzoo.training.run import train
 
 GOLDENS = Path(__file__).parent / "goldens" / "rqvae"
 HEIGHT, WIDTH, DEPTH, CODES = 2, 3, 3, 12  # not a square
@@ -210,6 +213,35 @@ def test_statistics_of_every_level() -> None:
         used = len(ids[..., level].unique())
         assert parts[f"usage_{level + 1}"] == pytest.approx(used / CODES)
         assert 1 <= parts[f"perplexity_{level + 1}"] <= used + 1e-4
+
+
+def test_a_run_logs_usage_and_perplexity_of_every_level(tmp_path: Path) -> None:
+    folder = train(compose_config("train", ["experiment=smoke_rqvae", f"run_dir={tmp_path / 'run'}", "log_every=1",
+                                            "samples_every=0"]))
+    metrics = read_metrics(folder / "logs")
+    for level in range(1, 5):
+        usage, perplexities = ([value for _, value in metrics[f"train/{name}_{level}"]]
+                               for name in ("usage", "perplexity"))
+        assert len(usage) == len(perplexities) == 6
+        assert all(1 <= even <= 128 * used + 1e-3 for even, used in zip(perplexities, usage))
+
+
+def test_the_objective_of_the_official_training() -> None:
+    settings = ["objective=rqvae", "objective.perceptual=null", "objective.perceptual_weight=0"]  # needs no weights
+    objective = build(compose_config("train", ["experiment=digits_rqvae", *settings]).objective)
+    images, decoded = torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64, requires_grad=True)
+    bottleneck = Losses(torch.tensor(0.3), {})
+    last = torch.ones((), requires_grad=True)
+    losses = objective.generator_losses(images, decoded * last, bottleneck, 0, last)
+    pixels, fooled = torch.nn.functional.mse_loss(decoded, images), -objective.discriminator(decoded).mean()
+    balance = (torch.autograd.grad(torch.nn.functional.mse_loss(decoded * last, images), last)[0].norm()
+               / (torch.autograd.grad(-objective.discriminator(decoded * last).mean(), last)[0].norm() + 1e-4))
+    expected = pixels + 0.3 + 0.75 * balance.clamp(max=1e4) * fooled
+    torch.testing.assert_close(losses.total, expected, atol=1e-4, rtol=1e-3)
+    fake, real = objective.discriminator(decoded), objective.discriminator(images)
+    hinge = 0.5 * (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean())
+    torch.testing.assert_close(objective.discriminator_losses(images, decoded, 0).total, 0.75 * hinge, atol=1e-4,
+                               rtol=1e-3)
 
 
 def test_previews_refine_and_bad_input_is_refused() -> None:
