@@ -144,8 +144,8 @@ class CaptionPrefix(Conditioner):
     def check(self, condition: Condition) -> None:
         ids, size = condition.ids, self.table.num_embeddings
         if ids is None:
-            raise ValueError("this model is conditioned on text token ids: give prompts and the text tokenizer that it "
-                             "was trained with, or Condition.captions(ids).")
+            raise ValueError("this model is conditioned on text token ids: give Condition.captions(ids), or prompts "
+                             "and the text tokenizer that it was trained with.")
         if ids.ndim != 2 or ids.shape[1] != self.length or ids.min() < 0 or ids.max() >= size:
             raise ValueError(f"captions must be ids [B, {self.length}] in 0 to {size - 1}, got {list(ids.shape)} with "
                              f"ids {int(ids.min())} to {int(ids.max())}.")
