@@ -1,0 +1,263 @@
+"""What the zoo has, read from its configs: names, facts about each, and which of them a checkpoint belongs to.
+
+Nothing here holds weights: networks are built on the meta device, files are read for their names and shapes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor
+
+from varzoo.core.checkpoint import atomic_path, read_config, read_weights, save_weights
+from varzoo.core.errors import unknown
+from varzoo.core.spec import TokenSpec
+from varzoo.generators.base import Generator
+from varzoo.hub import PUBLISHED, Published
+from varzoo.loading import build, compose_config, load_weights
+from varzoo.tokenizers.base import Tokenizer
+
+KINDS = ("model", "tokenizer", "generator", "sampler", "experiment")
+NETWORKS = ("generator", "tokenizer")
+
+
+def names(kind: str, pattern: str = "*") -> list[str]:
+    """Names of one kind ("model", "tokenizer", "generator", "sampler", "experiment") that a shell pattern matches."""
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    files = (file.name for file in (resources.files("varzoo.configs") / kind).iterdir())
+    found = sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml") and not name.startswith("_"))
+    return fnmatch.filter(found, pattern)
+
+
+def kind_of(name: str) -> str:
+    """The kind of a name; a model goes before its generator, which may be called the same."""
+    for kind in KINDS:
+        if name in names(kind):
+            return kind
+    raise unknown("name", name, (entry for kind in KINDS for entry in names(kind)))
+
+
+@lru_cache(maxsize=256)
+def config_of(kind: str, name: str) -> DictConfig:
+    """The composed config of a name: of the whole sampling (a model), of the whole training, or of one node."""
+    if kind == "experiment":
+        return compose_config("train", [f"experiment={name}"])
+    whole = compose_config("sample", [f"{kind}={name}", "checkpoint=none"])
+    return whole if kind == "model" else whole[kind]
+
+
+@lru_cache(maxsize=256)
+def on_meta(kind: str, name: str) -> Generator | Tokenizer:
+    """The network of a tokenizer's or generator's config, without memory for its weights."""
+    with torch.device("meta"):
+        return build(config_of(kind, name))
+
+
+@lru_cache(maxsize=256)
+def spec_of(kind: str, name: str) -> TokenSpec:
+    """The tokens of a tokenizer's or generator's config; where the config states them, nothing is built."""
+    node = config_of(kind, name).get("spec")
+    return on_meta(kind, name).spec if node is None else build(node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Facts about a tokenizer or a generator.
+
+    Attributes:
+        name, kind: of its config.
+        spec: its tokens.
+        parameters: how many numbers its weights have.
+        layouts: official layouts that it reads.
+        about: the first words of its module.
+        papers: arXiv ids that its module names, the first is its own.
+        partners: configs of the other kind with the same tokens.
+        samplers: sampler configs that fit a generator.
+        drafting: those that fit once a draft model is given.
+        published: official checkpoints of this config, by name.
+    """
+
+    name: str
+    kind: str
+    spec: TokenSpec
+    parameters: int
+    layouts: tuple[str, ...]
+    about: str
+    papers: tuple[str, ...]
+    partners: tuple[str, ...]
+    samplers: tuple[str, ...]
+    drafting: tuple[str, ...]
+    published: Mapping[str, Published]
+
+
+def describe(kind: str, name: str) -> Entry:
+    """Facts about a tokenizer or a generator by its config, or about the generator of a model's, as it sets it up."""
+    model = name if kind == "model" else None
+    if model is not None:
+        kind, name = "generator", generator_of(model)
+        with torch.device("meta"):
+            network = build(config_of("model", model).generator)
+    else:
+        network = on_meta(kind, name)
+    documentation = inspect.getdoc(inspect.getmodule(type(network))) or ""
+    other = NETWORKS[1 - NETWORKS.index(kind)]
+    fitting, drafting = fitting_samplers(network) if kind == "generator" else ((), ())
+    if model is not None or kind == "tokenizer":
+        belongs = {model or name}
+    else:
+        belongs = {other for other in names("model") if generator_of(other) == name}
+    return Entry(
+        name=name, kind=kind, spec=network.spec,
+        parameters=sum(parameter.numel() for parameter in network.parameters()), layouts=tuple(network.key_maps()),
+        about=documentation.split("\n\n")[0].replace("\n", " "),
+        papers=tuple(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", documentation))),
+        partners=tuple(partner for partner in names(other) if spec_of(other, partner) == network.spec),
+        samplers=fitting, drafting=drafting,
+        published={key: published for key, published in PUBLISHED.items() if published.config in belongs})
+
+
+def generator_of(model: str) -> str | None:
+    """The name of the generator config that a model's config chooses."""
+    text = (resources.files("varzoo.configs") / "model" / f"{model}.yaml").read_text()
+    found = re.search(r"override /generator: (\w+)", text)
+    if found:
+        return found[1]
+    bases = OmegaConf.create(text).get("defaults", [])
+    inherited = [base for base in bases if isinstance(base, str) and base in names("model")]
+    return generator_of(inherited[0]) if inherited else None
+
+
+def fitting_samplers(generator: Generator) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the samplers that fit a generator, and of those that would with a draft model, which is not given."""
+    fitting, drafting = [], []
+    for name in names("sampler"):
+        node = config_of("sampler", name)
+        try:
+            build(node).check(generator)
+            fitting.append(name)
+        except FileNotFoundError:  # it drafts with a model
+            if get_class(node["_target_"]).needs <= generator.offers:
+                drafting.append(name)
+        except ValueError:
+            continue
+    return tuple(fitting), tuple(drafting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """How a file's names and shapes compare with a config's network.
+
+    Attributes:
+        kind, name: of the config.
+        layout: the official layout that comes nearest, or "varzoo" for ours.
+        missing, extra, reshaped: names that differ; all empty where the file fits.
+    """
+
+    kind: str
+    name: str
+    layout: str
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.extra or self.reshaped)
+
+    @property
+    def distance(self) -> int:
+        return len(self.missing) + len(self.extra) + len(self.reshaped)
+
+
+def compare(state: Mapping[str, Tensor], kind: str, name: str) -> Match:
+    """A state dict, of which only names and shapes count, beside the network of a config."""
+    network = on_meta(kind, name)
+    own = {key: tensor.shape for key, tensor in network.state_dict().items()}
+    shapes = {key: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for key, tensor in state.items()}
+    candidates = {"varzoo": shapes}
+    for layout, key_map in network.key_maps().items():
+        # names that the layout does not know, or tensors of a shape it cannot take apart, rule it out
+        with contextlib.suppress(ValueError, RuntimeError):
+            candidates[layout] = key_map.to_ours(shapes)
+    matches = [Match(kind=kind, name=name, layout=layout,
+                     missing=tuple(sorted(own.keys() - found.keys())), extra=tuple(sorted(found.keys() - own.keys())),
+                     reshaped=tuple(sorted(key for key in own.keys() & found.keys() if own[key] != found[key].shape)))
+               for layout, found in candidates.items()]
+    return min(matches, key=lambda match: match.distance)
+
+
+def identify(path: str | Path, progress: Callable[[list], Iterable] = iter) -> list[Match]:
+    """Which configs a checkpoint belongs to: those that it fits, or else the three that come nearest.
+
+    Args:
+        path: a file of ours or of an official code.
+        progress: wraps the loop over the configs, as `tqdm` does.
+    """
+    state = read_weights(path)
+    every = [(kind, name) for kind in NETWORKS for name in names(kind)]
+    matches = [compare(state, kind, name) for kind, name in progress(every)]
+    fitting = [match for match in matches if match.fits]
+    return fitting or sorted(matches, key=lambda match: match.distance)[:3]
+
+
+def convert(source: str | Path, target: str | Path, *, name: str | None = None, layout: str | None = None) -> Path:
+    """Official file -> ours with its config in the header; or back, where a layout is named.
+
+    Args:
+        source: the file.
+        target: what to write: .safetensors, or .pt for the way back.
+        name: the config (a tokenizer's or a model's name) of an official file.
+        layout: the official layout to write, a name of the network's `key_maps()`.
+
+    Raises:
+        ValueError: the file does not fit, the name or layout is unknown, or both ways are asked for at once.
+    """
+    if (name is None) == (layout is None):
+        raise ValueError("give the name of an official file's config, or the layout to go back to, and not both.")
+    return _to_ours(source, target, name) if layout is None else _to_official(source, target, layout)
+
+
+def _to_ours(source: str | Path, target: str | Path, name: str) -> Path:
+    if Path(target).suffix != ".safetensors":
+        raise ValueError(f"our files are safetensors, got {target}: name it {Path(target).stem}.safetensors.")
+    kind = kind_of(name)
+    if kind not in ("model", "tokenizer"):
+        raise ValueError(f"{name} names the {kind} of that name; a file is a tokenizer's or a model's: varzoo list.")
+    config = config_of(kind, name)
+    if kind == "tokenizer":
+        node, header = config, {"tokenizer": OmegaConf.to_container(config, resolve=True)}
+    else:
+        whole = OmegaConf.to_container(config, resolve=True)
+        node, header = config.generator, {key: whole[key] for key in ("generator", "sampler", "class_names")}
+    save_weights(target, load_weights(build(node), source).state_dict(), header)
+    return Path(target)
+
+
+def _to_official(source: str | Path, target: str | Path, layout: str) -> Path:
+    header = read_config(source) or {}
+    kind = next((kind for kind in NETWORKS if kind in header), None)
+    if kind is None:
+        raise ValueError(f"{source} is no file of ours: no config of a generator or tokenizer stands in its header.")
+    key_maps = build(header[kind]).key_maps()
+    if layout not in key_maps:
+        raise unknown(f"layout of {source}", layout, key_maps)
+    state = key_maps[layout].to_official(read_weights(source))
+    with atomic_path(target) as temporary:
+        if Path(target).suffix == ".safetensors":
+            save_file(state, temporary)
+        else:
+            torch.save({"model": state}, temporary)
+    return Path(target)
