@@ -150,9 +150,9 @@ def test_bad_input_is_refused() -> None:
         draw(model, label, (0,), draw={"solver": "ddpm"})
 
     class Speculative(Autoregressive):
-        needs = frozenset({"verify"})
+        needs = frozenset({"foresight"})
 
-    with pytest.raises(ValueError, match="Speculative needs a generator that offers verify; LlamaGen offers none"):
+    with pytest.raises(ValueError, match="Speculative needs a generator that offers foresight; LlamaGen does not"):
         Speculative().check(model)
     with pytest.raises(ValueError, match="text features were given"):
         model.begin(condition_of(tiny(text=True), 1), draws=draws)

@@ -124,7 +124,7 @@ def test_guidance_of_one_is_no_guidance_and_intervals_end() -> None:
     assert torch.equal(draw(model, condition, (0, 1), guidance=Constant(1.0)), plain)
 
     def scales(schedule: Schedule) -> list[float]:
-        return [schedule(step) for step in model.begin(condition, draws=Draws(0, (0, 1)))._plan]
+        return [schedule(step) for step in model.begin(condition, draws=Draws(0, (0, 1))).planned]
 
     assert scales(FirstTokens(4.0, last=3)) == [4, 4, 4, 1, 1, 1, 1]  # 0, 1 and 3 tokens were drawn before, then 6
     assert scales(FirstTokens(4.0, last=2)) == [4, 4, 1, 1, 1, 1, 1]

@@ -57,7 +57,7 @@ def test_every_size_builds(group: str) -> None:
 
 
 def test_published_files_belong_to_configs() -> None:
-    configs = {*names("model"), *names("tokenizer")}
+    configs = {*names("model"), *names("tokenizer"), *names("generator")}
     assert {published.config for published in PUBLISHED.values()} <= configs
     with pytest.raises(ValueError, match="mar_b is not on the hub"):
         fetch("mar_b")

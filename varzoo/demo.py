@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -95,9 +96,9 @@ class Judge:
 
 def guided(model: Model, scale: float) -> Model:
     """The model with another guidance scale, its schedule kept."""
-    sampler = model.sampler
-    guidance = with_scale(sampler.guidance, scale)
-    return replace(model, sampler=type(sampler)(guidance=guidance, plan=sampler.plan, draw=sampler.draw))
+    sampler = copy(model.sampler)
+    sampler.guidance = with_scale(sampler.guidance, scale)
+    return replace(model, sampler=sampler)
 
 
 def report(folder: Path, table: dict[str, Scores], metric: str) -> None:

@@ -18,7 +18,8 @@ class Published:
     """One released file.
 
     Args:
-        config: the config it belongs to: a name under `configs/tokenizer` or `configs/model`.
+        config: the config it belongs to: a name under `configs/tokenizer` or `configs/model`, of drafters under
+            `configs/generator`.
         repo: repository on the Hugging Face hub, None where it is published elsewhere.
         file: file name there; None where its authors do not say it, the repository then holds one file of weights.
         layout: its layout, a name of the model's `key_maps()`.
@@ -89,6 +90,15 @@ PUBLISHED = {
                                  "vq16_t2i"),
     "llamagen_xl_t2i_512": _llamagen("llamagen_xl_t2i_512", "t2i_XL_stage2_512.pt", "peizesun/llamagen_t2i",
                                      "vq16_t2i"),
+    **{f"{name}_lantern": Published(
+        config=name, repo=f"jadohu/LlamaGen-T2I{stage}", file=None, layout="lantern", licence="not verified",
+        tokenizer="vq16_t2i", note=f"the weights of {name} as LANTERN lays them out")
+       for name, stage in (("llamagen_xl_t2i", ""), ("llamagen_xl_t2i_512", "-2"))},
+    **{f"drafter_{name}": Published(
+        config=f"drafter_{config}", repo=f"jadohu/{repo}", file=None, layout="eagle", licence="not verified",
+        note=f"EAGLE-style drafter of {name}, for sampler=lantern")
+       for name, config, repo in (("llamagen_xl_t2i", "llamagen_xl", "llamagen_drafter"),
+                                  ("llamagen_xl_t2i_512", "llamagen_xl_512", "llamagen2_drafter"))},
     **{f"dar_{size}": Published(
         config=f"dar_{size}", repo="showlab/D-AR", file=f"D-AR-{size.upper()}-360K.pt", layout="llamagen",
         licence="MIT (of the repository)", tokenizer="dar_v1") for size in ("l", "xl")},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -48,7 +48,7 @@ class Model:
 
     def __post_init__(self) -> None:
         fit_together(self.tokenizer, self.generator)
-        self.sampler.check(self.generator)
+        equip(self.sampler, self.generator, self.tokenizer)
         for name in self.decode:
             if name not in self.tokenizer.options:
                 raise unknown(f"decode option of {type(self.tokenizer).__name__}", name, self.tokenizer.options)
@@ -101,6 +101,18 @@ def fit_together(tokenizer: Tokenizer, generator: Generator) -> None:
         generator.use_codebook(tokenizer.codebook())
 
 
+def equip(sampler: Sampler, generator: Generator, tokenizer: Tokenizer) -> None:
+    """Check that a sampler fits, and give it the tokenizer's codes where it compares them."""
+    sampler.check(generator)
+    if sampler.needs_codebook:
+        try:
+            codebook = tokenizer.stored_codebook()
+        except ValueError:
+            raise ValueError(f"this sampler compares codes, and {type(tokenizer).__name__} has no codebook. Choose one "
+                             "that does not, such as sampler=sjd or sampler=categorical.") from None
+        sampler.use_codebook(codebook.detach())
+
+
 def build(config: Mapping[str, Any] | DictConfig) -> Any:
     """Instantiate a config node. Raises ValueError with the cause, not Hydra's trace of it."""
     if isinstance(config, DictConfig):  # resolved here, where the whole config is still around the node
@@ -139,6 +151,25 @@ def load_tokenizer(checkpoint: str | Path, config: Mapping[str, Any] | None = No
     """A tokenizer from a file, or from a run's folder; its config stands in the file, or is given; see `node_of`."""
     path = Path(checkpoint) / TOKENIZER_FILE if Path(checkpoint).is_dir() else Path(checkpoint)
     return load_weights(build(node_of(path, config)), path)
+
+
+def load_generator(checkpoint: str | Path | None, name: str | None = None) -> Generator:
+    """A generator from a run's folder or a file: what a sampler drafts with, or a drafter learns from.
+
+    Args:
+        checkpoint: the folder or file.
+        name: its config (a name of the generator group), for a file that carries none.
+    """
+    if checkpoint is None:
+        raise FileNotFoundError("this sampler drafts with a model: give drafter=RUN or drafter=FILE, of a drafter or a "
+                                "smaller generator. A missing checkpoint is never replaced by random weights.")
+    path = Path(checkpoint) / GENERATOR_FILE if Path(checkpoint).is_dir() else Path(checkpoint)
+    header = read_config(path)
+    if header is None and name is None:
+        raise ValueError(f"{path} carries no config; name it, as in drafter_config=drafter_llamagen_xl.")
+    node = (compose_config("sample", [f"generator={name}", "checkpoint=none"]).generator if header is None
+            else header["generator"])
+    return load_weights(build(node), path)
 
 
 def node_of(path: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -209,7 +240,7 @@ def load(name_or_path: str | Path, *, checkpoint: str | Path | None = None,
     """
     overrides, path = list(overrides or []), Path(name_or_path)
     if path.exists():
-        checkpoint, tokenizer_checkpoint = register_run(path)
+        checkpoint, tokenizer_checkpoint = register_run(path, own_sampler=not chooses_sampler(overrides))
         name_or_path = "run"
     elif str(name_or_path) not in list_models():
         raise unknown("model or run", name_or_path, list_models())
@@ -217,14 +248,23 @@ def load(name_or_path: str | Path, *, checkpoint: str | Path | None = None,
     return from_config(config, checkpoint, tokenizer_checkpoint)
 
 
-def register_run(path: Path) -> tuple[Path, Path]:
-    """Make what `train.py` left in a folder (or its generator file) the config `model=run`; return its two files."""
+def chooses_sampler(overrides: Sequence[str]) -> bool:
+    """Whether overrides name a sampler's config, as in sampler=lantern."""
+    return any(override.startswith("sampler=") for override in overrides)
+
+
+def register_run(path: Path, own_sampler: bool = True) -> tuple[Path, Path]:
+    """Make what `train.py` left in a folder (or its generator file) the config `model=run`; return its two files.
+
+    Its sampler is that of the run, unless another one is chosen (`own_sampler` False).
+    """
     path = existing(path / GENERATOR_FILE if path.is_dir() else path)
     header = read_config(path)
     if header is None or "generator" not in header:
         raise ValueError(f"{path} is no generator of our own; name its model, as in `model=mar_b checkpoint={path}`.")
     tokenizer_path = existing(path.parent / TOKENIZER_FILE)
-    node = {name: header[name] for name in ("generator", "sampler", "class_names")}
+    names = ("generator", "sampler", "class_names") if own_sampler else ("generator", "class_names")
+    node = {name: header[name] for name in names}
     node["tokenizer"] = read_config(tokenizer_path)["tokenizer"]
     ConfigStore.instance().store(name="run", group="model", node=node, package="_global_")
     return path, tokenizer_path

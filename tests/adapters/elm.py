@@ -60,7 +60,7 @@ def ar_sample(case: Case) -> dict[str, Any]:
     condition = Condition.classes(case.inputs["labels"])
     tokens, _, _ = generate(model, condition, Rise(config["cfg_scale"], config["cfg_schedule"]),
                             Draws(0, range(condition.size)), temperature=config["temperature"], top_k=config["top_k"])
-    steps = list(model.begin(condition, draws=Draws(0, range(condition.size)))._plan)
+    steps = list(model.begin(condition, draws=Draws(0, range(condition.size))).planned)
     return {"indices": stacked(tokens)} | {
         f"cfg_{law}": torch.tensor([Rise(config["cfg_scale"], law)(step) for step in steps], dtype=torch.float64)
         for law in RISES}
@@ -73,7 +73,7 @@ def ar_sample_sampled(case: Case) -> dict[str, Any]:
     draws = RecordedDraws({"token": Recorded(uniforms, "batch pos")}, tuple(range(condition.size)))
     tokens, logits, _ = generate(model, condition, guidance, draws, temperature=sampling["temperature"],
                                  top_k=sampling["top_k"])
-    steps = model.begin(condition, draws=draws)._plan
+    steps = model.begin(condition, draws=draws).planned
     return {"indices": stacked(tokens), "logits": logits if logits.ndim == 4 else logits[..., None, :],
             "w": [guidance(step) for step in steps]}
 

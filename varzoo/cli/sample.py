@@ -149,11 +149,12 @@ def chosen_device(name: str) -> str:
 
 
 def place(model: Model, device: str, dtype: torch.dtype) -> Model:
-    """Move both networks to the device; only weights change their dtype, tables stay float32."""
-    for network in (model.tokenizer, model.generator):
+    """Move all networks to the device; only weights change their dtype, tables stay float32."""
+    for network in (model.tokenizer, model.generator, *model.sampler.networks):
         network.to(chosen_device(device))
-    for parameter in model.generator.parameters():
-        parameter.data = parameter.data.to(dtype)
+    for network in (model.generator, *model.sampler.networks):
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -166,6 +167,7 @@ def describe(config: DictConfig, model: Model, request: Request) -> dict[str, An
     return ({"rejection": rejection} if rejection else {}) | {
         "asked": weights_hash(asked), "generator": weights_hash(model.generator.state_dict()),
         "tokenizer": weights_hash(model.tokenizer.state_dict()),
+        "drafts": [weights_hash(network.state_dict()) for network in model.sampler.networks],
         "sampler": OmegaConf.to_container(config.sampler, resolve=True), "decode": dict(config.decode or {}),
         "seed": config.seed,
         "precision": config.precision, "count": len(request), "uint8_rule": model.tokenizer.uint8_rule,
@@ -177,7 +179,7 @@ def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     if "checkpoint" in given and not {"model", "generator"} & given.keys():
         try:
-            checkpoint, tokenizer = register_run(Path(given["checkpoint"]))
+            checkpoint, tokenizer = register_run(Path(given["checkpoint"]), own_sampler="sampler" not in given)
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"error: {error}")
         sys.argv += ["model=run"] + ([] if "tokenizer_checkpoint" in given else [f"tokenizer_checkpoint={tokenizer}"])

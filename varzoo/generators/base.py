@@ -118,6 +118,7 @@ class Generator(nn.Module, ABC):
         num_classes: class labels it knows, None if it is not class-conditional.
         embeds_codebook: whether it embeds codes by the tokenizer's code vectors; `use_codebook` then gives it those
             when tokenizer and generator are composed.
+        needs_target: whether it learns from another generator (a drafter); `use_target` then gives it that one.
         predicts: the kind of prediction per phase; samplers check their options against it.
         offers: abilities beyond the plain protocol that a sampler may need ("verify", "features", ...).
     """
@@ -125,6 +126,7 @@ class Generator(nn.Module, ABC):
     spec: TokenSpec
     num_classes: int | None
     embeds_codebook: ClassVar[bool] = False
+    needs_target: ClassVar[bool] = False
     predicts: ClassVar[Mapping[str, type[Prediction]]]
     offers: ClassVar[frozenset[str]] = frozenset()
 
@@ -164,6 +166,20 @@ class Generator(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} embeds codes by itself and takes no codebook; give one only where "
                          "embeds_codebook is true.")
+
+    def use_target(self, target: Generator) -> None:
+        """Take the trained generator that this one learns from; it is no part of this one's weights.
+
+        Raises:
+            ValueError: this generator learns from tokens alone (`needs_target` is False), or the target does not fit.
+        """
+        raise ValueError(f"{type(self).__name__} learns from tokens alone and takes no target; leave target_checkpoint "
+                         "out.")
+
+    def lacks(self, ability: str) -> str:
+        """Why it does not offer an ability, in words that go on from "since"."""
+        predictions = ", ".join(sorted({kind.__name__ for kind in self.predicts.values()}))
+        return f"it predicts {predictions} of {self.spec}"
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies to a parameter: by default to all with two or more dimensions."""

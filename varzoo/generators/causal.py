@@ -6,7 +6,7 @@ reads for them. A new generator says how ids become embeddings, and how hidden s
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -29,8 +29,16 @@ from varzoo.predictions.base import Prediction
 from varzoo.predictions.categorical import Categorical
 
 
+class CausalPlan(ABC):
+    """Which decoding a causal generator opens, where it is not the plain one."""
+
+    @abstractmethod
+    def open(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None) -> Decoding:
+        """Open it. Raises ValueError if the plan does not fit the generator."""
+
+
 @dataclass(frozen=True)
-class Prefix:
+class Prefix(CausalPlan):
     """A plan: draw the first `tokens` of a sequence, and stop.
 
     They are the first of what would be drawn without a plan: schedules see the whole sequence's steps.
@@ -38,9 +46,21 @@ class Prefix:
 
     tokens: int
 
+    def open(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None) -> CausalDecoding:
+        return CausalDecoding(generator, condition, guidance, self.within(generator))
+
+    def within(self, generator: CausalGenerator) -> int:
+        """The number of tokens, if the generator can stop there; ValueError if it cannot."""
+        if not generator.spec.prefix_decodes:
+            raise ValueError(f"no prefix of {generator.spec} decodes, so all of it is drawn; it takes no plan, got "
+                             f"{self}.")
+        if not 1 <= self.tokens <= generator.spec.length:
+            raise ValueError(f"a prefix has between 1 and {generator.spec.length} tokens, got {self.tokens}.")
+        return self.tokens
+
 
 @dataclass(frozen=True, eq=False)
-class Completion:
+class Completion(CausalPlan):
     """A plan: keep the tokens that are given, draw the others in the generator's order.
 
     What is given is seen when its turn comes, so only what is drawn later knows of it: exact where the first positions
@@ -53,6 +73,9 @@ class Completion:
 
     tokens: Tensor
     known: Tensor
+
+    def open(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None) -> CausalDecoding:
+        return CausalDecoding(generator, condition, guidance, generator.spec.length, self)
 
     def of_batch(self, size: int, spec: TokenSpec, device: torch.device) -> tuple[Tensor, Tensor]:
         """Tokens `[B, N, ...]`, 0 where not known, and known positions `[B, N]`.
@@ -96,12 +119,19 @@ class CausalGenerator(Generator):
         """Ids `[B, m k]` or, of depth D, `[B, m k, D]`, cell by cell -> embeddings `[B, m, width]`."""
 
     @abstractmethod
-    def run(self, x: Tensor, slots: slice, *, sight: Sight, cache: KVCache | None = None) -> list[Tensor]:
-        """Embeddings `[B, n, width]` of the given slots -> hidden states `[B, n, width]`, one per head."""
+    def run(self, x: Tensor, places: slice | Tensor, *, sight: Sight, cache: KVCache | None = None,
+            slots: Tensor | None = None) -> list[Tensor]:
+        """Embeddings `[B, n, width]` -> hidden states `[B, n, width]`, one per head.
+
+        Args:
+            places: where the tokens are in the order, prefix tokens and then cells as drawn; a range, or `[B, n]` (of
+                generators that offer "verify"), which may go past the last cell.
+            slots: `[B, n]` of the cache; by default the places.
+        """
 
     @abstractmethod
-    def new_cache(self, batch: int) -> KVCache:
-        """An empty cache of all slots."""
+    def new_cache(self, batch: int, spare: int = 0) -> KVCache:
+        """An empty cache of all slots, and some more."""
 
     @abstractmethod
     def project(self, head: int, features: Tensor) -> Tensor:
@@ -110,6 +140,18 @@ class CausalGenerator(Generator):
     def features(self, head: int, hidden: Tensor) -> Tensor:
         """Hidden states `[B, m, width]` that a head reads -> features `[B, m k, width]` of the ids it predicts."""
         return hidden
+
+    @property
+    def offers(self) -> frozenset[str]:
+        """"verify", where a step draws one cell from the one before it, by logits: drafts can be verified in a row."""
+        one_by_one = set(self.order.sizes) == {1} and len(self.order.sources) == 1
+        return frozenset({"verify"}) if one_by_one and self.predicts["main"] is Categorical else frozenset()
+
+    def lacks(self, ability: str) -> str:
+        if ability != "verify" or self.predicts["main"] is not Categorical:
+            return super().lacks(ability)
+        return (f"a step of {type(self).__name__} draws up to {max(self.order.sizes)} cells at once, so a draft of the "
+                "steps after it would have to be right in every one of them")
 
     @property
     def num_classes(self) -> int | None:
@@ -122,16 +164,17 @@ class CausalGenerator(Generator):
     def sight(self, length: int, valid: Tensor | None, device: torch.device) -> Sight:
         """What each of the first `length` slots sees: what was known in its turn, without the padding of captions.
 
-        A padded token (`valid` `[B, T]` False) is hidden from all but itself.
+        A padded token (`valid` `[B, T]` False) is hidden from all but itself, or see `Conditioner.padding_sees`.
         """
         visible = self.order.visible(length)
         if valid is None:
             return Sight(causal=True) if visible is None else Sight(mask=visible.to(device))
         if visible is None:
             visible = torch.ones(length, length, dtype=torch.bool).tril()
-        keys = known_keys(valid, length)
-        itself = torch.eye(length, dtype=torch.bool, device=device)
-        return Sight(mask=(visible.to(device) & keys) | itself)
+        visible, keys = visible.to(device), known_keys(valid, length)
+        if self.conditioner.padding_sees == "crossed":
+            return Sight(mask=torch.where(keys.mT, visible & keys, visible ^ keys))
+        return Sight(mask=(visible & keys) | torch.eye(length, dtype=torch.bool, device=device))
 
     def hidden(self, ids: Tensor, condition: Condition, dropped: Tensor | None = None) -> list[Tensor]:
         """Teacher-forced hidden states `[B, T + m, width]`, one per head.
@@ -181,18 +224,14 @@ class CausalGenerator(Generator):
         return weigh({"cross_entropy": cross_entropy(self.teach(batch, draws), batch.tokens)}, batch.weights)
 
     def begin(self, condition: Condition, *, draws: AnyDraws,
-              guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> CausalDecoding:
-        """Open a decoding; `plan` is None, a Completion, or a Prefix where any prefix of the tokens decodes."""
+              guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> Decoding:
+        """Open a decoding; `plan` is None or a CausalPlan: Completion, Ragged, or Prefix where any prefix decodes."""
         self.check_condition(condition)
-        if plan is None or isinstance(plan, Completion):
-            return CausalDecoding(self, condition, of_phase(guidance), self.spec.length, plan)
-        if not isinstance(plan, Prefix):
+        if plan is None:
+            return CausalDecoding(self, condition, of_phase(guidance), self.spec.length)
+        if not isinstance(plan, CausalPlan):
             raise ValueError(f"the order of {type(self).__name__} is fixed, so it takes no plan, got {plan}.")
-        if not self.spec.prefix_decodes:
-            raise ValueError(f"no prefix of {self.spec} decodes, so all of it is drawn; it takes no plan, got {plan}.")
-        if not 1 <= plan.tokens <= self.spec.length:
-            raise ValueError(f"a prefix has between 1 and {self.spec.length} tokens, got {plan.tokens}.")
-        return CausalDecoding(self, condition, of_phase(guidance), plan.tokens)
+        return plan.open(self, condition, of_phase(guidance))
 
 
 def known_keys(valid: Tensor, length: int) -> Tensor:
@@ -206,57 +245,76 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return losses.view(len(tokens), -1).mean(dim=1)
 
 
-class CausalDecoding(Decoding):
-    """One batch of a causal generator being drawn: its tokens, its cache and the tokens not fed yet.
+class OpenDecoding(Decoding):
+    """What decodings of a causal generator begin with.
 
     Args:
         generator, condition, guidance: as given to `begin`.
-        count: tokens to draw; `tokens` has as many.
-        given: what is known from the beginning. Steps that would draw nothing else are left out; the others keep their
-            numbers, so that schedules see the whole sequence's.
+        count: tokens to draw.
+        known: `[B, N]` what is known from the beginning. Steps that would draw nothing else are left out; the others
+            keep their numbers, so that schedules see the whole sequence's.
+
+    Attributes:
+        planned: the steps.
+        branches: 2 where there is a null branch, else 1.
+        prefix: `[branches B, T, width]` embedded prefix tokens, conditional first.
+        valid: `[branches B, T]` which of them are not padding, None if all.
+    """
+
+    def __init__(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None, count: int,
+                 known: Tensor | None = None) -> None:
+        self.generator, self.guidance, self.count = generator, guidance, count
+        self.device = next(generator.parameters()).device
+        self.turns = generator.order.on(self.device)
+        self.planned = list(self._steps(condition.size, known))
+        guided = needs_null_branch(guidance, self.planned)
+        condition = condition.to(self.device)
+        branches = [condition, generator.conditioner.null(condition)] if guided else [condition]
+        self.branches = len(branches)
+        self.prefix = torch.cat([generator.conditioner(branch) for branch in branches])
+        self.valid = None if condition.mask is None else condition.mask.repeat(self.branches, 1)
+
+    def _steps(self, size: int, known: Tensor | None) -> Iterator[Step]:
+        total, drawn = self.generator.spec.length, 0
+        for index, turn in enumerate(self.turns):
+            if drawn >= self.count:
+                return
+            drawn += len(turn.positions)
+            if known is None or not known[:, turn.positions].all():
+                yield Step(index=index, of=len(self.turns), drawn=drawn - len(turn.positions), left=total - drawn,
+                           total=total, positions=turn.positions.expand(size, -1))
+
+
+class CausalDecoding(OpenDecoding):
+    """One batch of a causal generator being drawn: its tokens, its cache and the tokens not fed yet.
+
+    Args:
+        generator, condition, guidance, count: see `OpenDecoding`; `tokens` has as many.
+        given: what is known from the beginning.
     """
 
     def __init__(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None, count: int,
                  given: Completion | None = None) -> None:
-        self.generator, self.guidance = generator, guidance
-        device = next(generator.parameters()).device
-        self._turns = generator.order.on(device)
         ids = (count,) if generator.spec.depth == 1 else (count, generator.spec.depth)
+        device = next(generator.parameters()).device
         self.tokens, self._known = torch.zeros(condition.size, *ids, dtype=torch.long, device=device), None
         if given is not None:
             self.tokens, self._known = given.of_batch(condition.size, generator.spec, device)
-        self._plan = list(self._steps(condition.size, count))
-        self._place = {step.index: place for place, step in enumerate(self._plan)}
-        guided = needs_null_branch(guidance, self._plan)
-
-        condition = condition.to(device)
-        branches = [condition, generator.conditioner.null(condition)] if guided else [condition]
-        self._branches = len(branches)
-        self._prefix = torch.cat([generator.conditioner(branch) for branch in branches])
-        self._valid = None if condition.mask is None else condition.mask.repeat(self._branches, 1)
-        self._cache = generator.new_cache(len(self._prefix))
-        self._keys = None if self._valid is None else known_keys(self._valid, self._cache.slots)
+        super().__init__(generator, condition, guidance, count, self._known)
+        self._place = {step.index: place for place, step in enumerate(self.planned)}
+        self._cache = generator.new_cache(len(self.prefix))
+        self._keys = None if self.valid is None else known_keys(self.valid, self._cache.slots)
         self._done = 0
-
-    def _steps(self, size: int, count: int) -> Iterator[Step]:
-        total, drawn = self.generator.spec.length, 0
-        for index, turn in enumerate(self._turns):
-            if drawn >= count:
-                return
-            drawn += len(turn.positions)
-            if self._known is None or not self._known[:, turn.positions].all():
-                yield Step(index=index, of=len(self._turns), drawn=drawn - len(turn.positions), left=total - drawn,
-                           total=total, positions=turn.positions.expand(size, -1))
 
     @property
     def steps(self) -> Iterator[Step]:
-        while self._done < len(self._plan):
-            yield self._plan[self._done]
+        while self._done < len(self.planned):
+            yield self.planned[self._done]
 
     def predict(self, step: Step) -> Prediction:
-        turn = self._turns[step.index]
+        turn = self.turns[step.index]
         features = self.generator.read(self._feed(step), turn)
-        if self._branches == 2:
+        if self.branches == 2:
             # Heads are affine, so guided features give guided logits, at half the work of guiding the logits.
             features = [guide(part, self.guidance(step)) for part in features]
         return self.generator.prediction(features, turn, step.positions)
@@ -274,18 +332,18 @@ class CausalDecoding(Decoding):
 
         That is what it drew, and what was given in turns left out. A second call writes the same slots again.
         """
-        place, turn = self._place[step.index], self._turns[step.index]
-        before = self._plan[place - 1].index if place else -1
-        turns = self._turns[before + 1:step.index + 1]
+        place, turn = self._place[step.index], self.turns[step.index]
+        before = self.planned[place - 1].index if place else -1
+        turns = self.turns[before + 1:step.index + 1]
         start, reach = turns[0].fed[0], turn.fed[1]
         self._cache.reach = reach
         ids = torch.cat([other.ids for other in turns])
-        parts = [self._prefix] if start == 0 else []
+        parts = [self.prefix] if start == 0 else []
         if len(ids):
-            parts.append(self.generator.embed(torch.cat([self.tokens[:, ids]] * self._branches)))
+            parts.append(self.generator.embed(torch.cat([self.tokens[:, ids]] * self.branches)))
         x = torch.cat(parts, dim=1)
         if start == 0:
-            sight = self.generator.sight(reach, self._valid, x.device)
+            sight = self.generator.sight(reach, self.valid, x.device)
         elif len(turns) == 1:
             # Everything in the cache was known before, or becomes known now: only padding is hidden.
             sight = Sight(mask=None if self._keys is None else self._keys[..., :reach])
@@ -335,11 +393,26 @@ class LlamaGenerator(CausalGenerator):
     def embed(self, ids: Tensor) -> Tensor:
         return self.embedding(ids)
 
-    def run(self, x: Tensor, slots: slice, *, sight: Sight, cache: KVCache | None = None) -> list[Tensor]:
-        return self.stack(self.dropout(x), self.rotary[slots], sight=sight, cache=cache, slots=self.slots[slots])
+    @property
+    def offers(self) -> frozenset[str]:
+        """"verify" and, where a cell is one id, "features": a drafter may predict the hidden states of the stack."""
+        offers, single = super().offers, self.spec.depth == 1
+        return offers | {"features"} if offers and single else offers
 
-    def new_cache(self, batch: int) -> KVCache:
-        return self.stack.new_cache(batch, len(self.rotary))
+    def rows(self, places: slice | Tensor) -> Tensor:
+        """Rotary rows of places; those past the last cell are zeros, as LANTERN has them."""
+        if isinstance(places, slice):
+            return self.rotary[places]
+        last = len(self.rotary) - 1
+        return self.rotary[places.clamp(max=last)] * (places <= last)[..., None, None]
+
+    def run(self, x: Tensor, places: slice | Tensor, *, sight: Sight, cache: KVCache | None = None,
+            slots: Tensor | None = None) -> list[Tensor]:
+        slots = self.slots[places] if slots is None else slots
+        return self.stack(self.dropout(x), self.rows(places), sight=sight, cache=cache, slots=slots)
+
+    def new_cache(self, batch: int, spare: int = 0) -> KVCache:
+        return self.stack.new_cache(batch, len(self.rotary) + spare)
 
 
 def initialise(module: nn.Module) -> None:

@@ -7,7 +7,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from varzoo.core.errors import unknown
 from varzoo.generators.base import Condition
+
+PADDING = ("itself", "crossed")
 
 
 class Conditioner(nn.Module, ABC):
@@ -17,7 +20,11 @@ class Conditioner(nn.Module, ABC):
         length: number of prefix tokens T.
         num_classes: class labels it knows, None for text.
         drop: probability with which training replaces the condition by the null condition.
+        padding_sees: what a padded token of a caption attends to. "itself" (LlamaGen); "crossed" (LANTERN's target,
+            whose two additive masks overflow where both apply): what exactly one of causality and padding hides.
     """
+
+    padding_sees: str = "itself"
 
     length: int
     num_classes: int | None
@@ -81,13 +88,16 @@ class TextPrefix(Conditioner):
         channels: of the text features (2048 for FLAN-T5 XL).
         width: of the tokens.
         drop: probability of the null caption in training; its mask stays that of the caption, as officially.
+        padding_sees: see `Conditioner`.
     """
 
     num_classes = None
 
-    def __init__(self, *, length: int, channels: int, width: int, drop: float) -> None:
+    def __init__(self, *, length: int, channels: int, width: int, drop: float, padding_sees: str = "itself") -> None:
         super().__init__()
-        self.length, self.drop = length, drop
+        if padding_sees not in PADDING:
+            raise unknown("what padding sees", padding_sees, PADDING)
+        self.length, self.drop, self.padding_sees = length, drop, padding_sees
         self.projection = nn.Sequential(nn.Linear(channels, width, bias=False), nn.GELU(approximate="tanh"),
                                         nn.Linear(width, width, bias=False))
         self.register_buffer("null_features", torch.randn(length, channels) / channels**0.5)

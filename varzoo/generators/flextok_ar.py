@@ -44,8 +44,10 @@ class FlexTokAR(NextToken):
         self.positions = nn.Embedding(length, width)
         nn.init.normal_(self.positions.weight, std=0.02)
 
-    def run(self, x: Tensor, slots: slice, *, sight: Sight, cache: KVCache | None = None) -> list[Tensor]:
-        return super().run(x + self.positions.weight[slots], slots, sight=sight, cache=cache)
+    def run(self, x: Tensor, places: slice | Tensor, *, sight: Sight, cache: KVCache | None = None,
+            slots: Tensor | None = None) -> list[Tensor]:
+        known = places if isinstance(places, slice) else places.clamp(max=len(self.positions.weight) - 1)
+        return super().run(x + self.positions.weight[known], places, sight=sight, cache=cache, slots=slots)
 
     def key_maps(self) -> dict[str, KeyMap]:
         """LlamaGen's names, and the positions; nothing was published."""

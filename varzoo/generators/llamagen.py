@@ -11,12 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from varzoo.core.keymap import KeyMap, Rename
+from varzoo.core.keymap import Ignore, KeyMap, Rename
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Condition
 from varzoo.generators.causal import LLAMA_RULES, LlamaGenerator, initialise
 from varzoo.generators.conditioners import Conditioner
 from varzoo.generators.orders import Order
+from varzoo.nn.llama import huggingface_rules
 from varzoo.nn.rotary import axial_table, zero_rows
 
 
@@ -72,3 +73,15 @@ class LlamaGen(NextToken):
             rows=torch.cat([zero_rows(conditioner.length, head_dim), axial_table(spec.shape, head_dim)]),
             width=width, depth=depth, heads=heads, multiple_of=multiple_of, norm_eps=norm_eps,
             token_dropout=token_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout)
+
+    def key_maps(self) -> dict[str, KeyMap]:
+        """The official layout, and LANTERN's, which is Hugging Face's of Llama."""
+        return super().key_maps() | {"lantern": KeyMap([
+            Rename("model.embed_tokens.weight", "embedding.weight"),
+            Rename("model.cls_embedding.embedding_table.weight", "conditioner.table.weight"),
+            Rename("model.cls_embedding.cap_proj.fc1.weight", "conditioner.projection.0.weight"),
+            Rename("model.cls_embedding.cap_proj.fc2.weight", "conditioner.projection.2.weight"),
+            Rename("model.cls_embedding.uncond_embedding", "conditioner.null_features"),
+            *huggingface_rules("model.layers.{i}", "stack.blocks.{i}"),
+            Rename("model.norm.weight", "stack.norm.weight"), Rename("lm_head.weight", "head.weight"),
+            Ignore("model.freqs_cis")])}

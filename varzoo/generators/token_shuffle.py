@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varzoo.core.draws import AnyDraws
-from varzoo.core.keymap import KeyMap, Rename, Rule
+from varzoo.core.keymap import Concat, KeyMap, Rename, Rule
 from varzoo.core.losses import Losses, weigh
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Batch
@@ -118,11 +118,12 @@ class TokenShuffle(CausalGenerator):
     def embed(self, ids: Tensor) -> Tensor:
         return self.shuffle(self.backbone.embed(ids))
 
-    def run(self, x: Tensor, slots: slice, *, sight: Sight, cache: KVCache | None = None) -> list[Tensor]:
-        return self.backbone.run(x, slots, sight=sight, cache=cache)
+    def run(self, x: Tensor, places: slice | Tensor, *, sight: Sight, cache: KVCache | None = None,
+            slots: Tensor | None = None) -> list[Tensor]:
+        return self.backbone.run(x, places, sight=sight, cache=cache, slots=slots)
 
-    def new_cache(self, batch: int) -> KVCache:
-        return self.backbone.new_cache(batch)
+    def new_cache(self, batch: int, spare: int = 0) -> KVCache:
+        return self.backbone.new_cache(batch, spare)
 
     def features(self, head: int, hidden: Tensor) -> Tensor:
         return self.unshuffle[head](self.backbone.features(head, hidden))
@@ -147,4 +148,4 @@ class TokenShuffle(CausalGenerator):
 
 def _of_backbone(rule: Rule) -> Rule:
     """The rule for a model that is our `backbone`."""
-    return replace(rule, ours=f"backbone.{rule.ours}") if isinstance(rule, Rename) else rule
+    return replace(rule, ours=f"backbone.{rule.ours}") if isinstance(rule, Rename | Concat) else rule

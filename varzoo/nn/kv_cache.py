@@ -28,10 +28,24 @@ class KVCache:
         self.slots = self.reach = slots
 
     def update(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values `[B, heads, n, head_dim]` at `slots` `[n]`; return all that attention may read."""
-        self.keys[layer].index_copy_(2, slots, keys.to(self.keys.dtype))
-        self.values[layer].index_copy_(2, slots, values.to(self.values.dtype))
+        """Write keys and values `[B, heads, n, head_dim]` at `slots`, `[n]` or, where samples differ, `[B, n]`.
+
+        Returns:
+            All that attention may read.
+        """
+        for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            if slots.ndim == 1:
+                stored.index_copy_(2, slots, new.to(stored.dtype))
+            else:
+                stored.scatter_(2, slots[:, None, :, None].expand_as(new), new.to(stored.dtype))
         return self.keys[layer, :, :, :self.reach], self.values[layer, :, :, :self.reach]
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy what is at slots `source` `[B, n]` to slots `target` `[B, n]`, in all layers."""
+        for stored in (self.keys, self.values):
+            index = [slots[None, :, None, :, None].expand(len(stored), -1, stored.shape[2], -1, stored.shape[-1])
+                     for slots in (source, target)]
+            stored.scatter_(3, index[1], stored.gather(3, index[0]))
 
     def first(self, batch: int) -> KVCache:
         """The first samples' part of this cache, in the same memory (the conditional half of a guided batch)."""

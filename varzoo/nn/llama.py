@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from varzoo.core.keymap import Concat, Rename, Rule
 from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.rotary import rotate
@@ -139,3 +140,11 @@ class LlamaStack(nn.Module):
         weight = self.norm.weight
         return KVCache(layers=len(self.blocks), batch=batch, heads=self.heads, slots=slots, head_dim=self.head_dim,
                        dtype=weight.dtype, device=weight.device)
+
+
+def huggingface_rules(official: str, ours: str) -> list[Rule]:
+    """Names of a layer in Hugging Face's layout of Llama, whose q, k and v are three; both may have placeholders."""
+    names = {"self_attn.o_proj": "attention.out", "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up",
+             "mlp.down_proj": "mlp.down", "input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    return [Concat([f"{official}.self_attn.{part}_proj.weight" for part in "qkv"], f"{ours}.attention.qkv.weight"),
+            *(Rename(f"{official}.{theirs}.weight", f"{ours}.{mine}.weight") for theirs, mine in names.items())]

@@ -39,6 +39,22 @@ def top_p_filter(logits: Tensor, p: float, *, strict: bool = False) -> Tensor:
 FILTERS = {"top_k": top_k_filter, "top_p": top_p_filter, "top_p_strict": partial(top_p_filter, strict=True)}
 
 
+def filtered(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+             filters: tuple[str, ...] = ("top_k", "top_p")) -> Tensor:
+    """Logits `[..., V]` after the temperature, then the filters in the order given, -inf where removed; float32."""
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got temperature={temperature}, "
+                         f"top_k={top_k}, top_p={top_p}.")
+    logits, limits = logits.float(), {"top_k": top_k, "top_p": top_p, "top_p_strict": top_p}
+    if temperature != 1:
+        logits = logits / max(temperature, 1e-5)
+    for name in filters:
+        if name not in FILTERS:
+            raise unknown("filter", name, FILTERS)
+        logits = FILTERS[name](logits, limits[name])
+    return logits
+
+
 @dataclass(frozen=True, kw_only=True)
 class Categorical(Prediction):
     """Guided logits `[B, n, V]` of the ids at raster positions `[B, n]`.
@@ -54,20 +70,9 @@ class Categorical(Prediction):
 
     options: ClassVar[frozenset[str]] = frozenset({"temperature", "top_k", "top_p", "filters"})
 
-    def filtered(self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-                 filters: tuple[str, ...] = ("top_k", "top_p")) -> Tensor:
-        """Logits `[B, n, (D,) V]` after the temperature, then the filters in the order given, -inf where removed."""
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise ValueError(f"need temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got temperature={temperature}, "
-                             f"top_k={top_k}, top_p={top_p}.")
-        logits, limits = self.logits.float(), {"top_k": top_k, "top_p": top_p, "top_p_strict": top_p}
-        if temperature != 1:
-            logits = logits / max(temperature, 1e-5)
-        for name in filters:
-            if name not in FILTERS:
-                raise unknown("filter", name, FILTERS)
-            logits = FILTERS[name](logits, limits[name])
-        return logits
+    def filtered(self, **options: Any) -> Tensor:
+        """The logits `[B, n, (D,) V]` after temperature and filters, see `filtered`."""
+        return filtered(self.logits, **options)
 
     def draw(self, draws: AnyDraws, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              filters: tuple[str, ...] = ("top_k", "top_p")) -> Drawn:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from varzoo.core.draws import AnyDraws
 from varzoo.core.steps import Schedule, Step, options_of_phase
@@ -20,12 +20,29 @@ class Counts:
 
     An evaluation is one call of the network for the whole batch, whatever it is fed; a guided one, with its null half,
     counts once. Where one network is both (xAR), its calls are the head's and none are the backbone's.
+
+    Samplers that draft also count the evaluations of the draft's network and, summed over samples, how often drafts
+    were verified, how many drafted tokens (or cells) were tested, and how many accepted.
     """
 
     steps: int
     backbone_evaluations: int
     head_evaluations: int
     seconds: float
+    draft_evaluations: int = 0
+    verifications: int = 0
+    tested: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the tests that accepted; nan without any."""
+        return self.accepted / self.tested if self.tested else float("nan")
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens per verification, the one that is drawn after the accepted ones included; nan without any."""
+        return 1 + self.accepted / self.verifications if self.verifications else float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +65,29 @@ Callback = Callable[[Progress], None]
 
 
 class Sampler(ABC):
-    """Base of all samplers. `needs` names the abilities (Generator.offers) without which it cannot run."""
+    """Base of all samplers.
+
+    Attributes:
+        needs: names of the abilities (`Generator.offers`) without which it cannot run.
+        needs_codebook: whether it compares codes; `use_codebook` then gives it the tokenizer's on composition.
+        networks: weights that belong to it, such as a draft model's.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    needs_codebook: bool = False
+    networks: tuple[nn.Module, ...] = ()
+
+    def use_codebook(self, codebook: Tensor) -> None:
+        """Take the tokenizer's code vectors as stored, `[K, C]` or `[D, K, C]`."""
+        raise ValueError(f"{type(self).__name__} compares no codes and takes no codebook.")
 
     def check(self, generator: Generator) -> None:
         """Raise ValueError, with the reason and the way out, if this sampler does not fit the generator."""
         missing = sorted(self.needs - generator.offers)
         if missing:
-            offered = ", ".join(sorted(generator.offers)) or "none of it"
             raise ValueError(f"{type(self).__name__} needs a generator that offers {', '.join(missing)}; "
-                             f"{type(generator).__name__} offers {offered}. Choose a sampler that needs nothing, "
-                             "such as Autoregressive.")
+                             f"{type(generator).__name__} does not, since {generator.lacks(missing[0])}. Choose a "
+                             "sampler that needs nothing, such as Autoregressive.")
 
     @abstractmethod
     def sample(self, generator: Generator, condition: Condition, draws: AnyDraws,

@@ -156,10 +156,14 @@ class Tokenizer(nn.Module, ABC):
     def codebook(self) -> Tensor:
         """The code vectors `[K, C]` as decoded, or `[D, K, C]` where every level of a code has its own.
 
-        Neighbour tables and generators that embed codes use them.
+        Generators that embed codes use them.
 
         Raises:
             ValueError: the tokens stand for no learned vectors.
         """
         raise ValueError(f"{type(self).__name__} has no codebook, which this generator embeds its codes with: choose a "
                          "tokenizer that has one, such as vq16 or rq_f32.")
+
+    def stored_codebook(self) -> Tensor:
+        """The code vectors as stored, which may not be normalised yet: LANTERN's neighbours are theirs."""
+        return self.codebook()

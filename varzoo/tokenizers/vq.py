@@ -118,6 +118,9 @@ class VQTokenizer(Tokenizer):
         """The code vectors `[K, D]` as decoded: of unit length with `l2_norm`."""
         return self._comparable(self.embedding.weight)
 
+    def stored_codebook(self) -> Tensor:
+        return self.embedding.weight
+
     def reconstruction_losses(self, images: Tensor, draws: AnyDraws) -> tuple[Tensor, Losses]:
         """Reconstructions, straight-through, and the codebook, commitment and entropy losses (arXiv 1711.00937, eq. 3).
 

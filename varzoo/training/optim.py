@@ -43,6 +43,23 @@ class WarmupConstant(LearningRate):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmupLinear(LearningRate):
+    """Linear from 0 over `warmup` steps, then linear to 0 at step `total`."""
+
+    warmup: float
+    total: float
+
+    def __post_init__(self) -> None:
+        if self.total <= self.warmup:
+            raise ValueError(f"the warm-up of {self.warmup:g} steps must end before the total of {self.total:g} steps.")
+
+    def __call__(self, step: float) -> float:
+        if step < self.warmup:
+            return step / self.warmup
+        return max(0.0, (self.total - step) / (self.total - self.warmup))
+
+
+@dataclass(frozen=True, kw_only=True)
 class WarmupCosine(LearningRate):
     """Linear from 0 over `warmup` steps, then half a cosine to `floor` at step `total`.
 

@@ -31,12 +31,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from varzoo.core.checkpoint import atomic_path, read_config, save_weights, weights_hash
+from varzoo.generators.base import Generator
 from varzoo.loading import (
     GENERATOR_FILE,
     TOKENIZER_FILE,
     build,
     compose_config,
+    equip,
     fit_together,
+    load_generator,
     load_tokenizer,
     load_weights,
     node_of,
@@ -50,7 +53,7 @@ from varzoo.training.tokenizer import TokenizerTraining
 
 # What may differ when a run is taken up again: where and how it runs, how often it reports, how long it is.
 FREE = {"run_dir", "overwrite", "trainer", "num_workers", "steps", "log_every", "validate_every", "checkpoint_every",
-        "samples_every", "tokenizer_checkpoint", "cache", "accumulate"}
+        "samples_every", "tokenizer_checkpoint", "target_checkpoint", "cache", "accumulate"}
 
 VAE_FILE = "vae.safetensors"
 
@@ -133,15 +136,36 @@ def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, p
 def generator_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, pl.LightningDataModule, list[Any]]:
     """What trains a generator, its tokenizer made first where an experiment for it is named."""
     generator, sampler, settings = build(config.generator), build(config.sampler), common(config, folder)
-    sampler.check(generator)
     images = image_settings(config)
     tokenizer = load_tokenizer(find_tokenizer(config, folder / TOKENIZER_FILE), config.tokenizer)
     fit_together(tokenizer, generator)
+    equip(sampler, generator, tokenizer)
+    if generator.needs_target:
+        generator.use_target(load_target(config, tokenizer))
+    elif config.target_checkpoint is not None:
+        generator.use_target(generator)  # says that it takes none
     module = GeneratorTraining(generator=generator, tokenizer=tokenizer, posterior=config.posterior, **settings)
     data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), copies=config.copies, **images)
     pictures = [SampleGrid(every=config.samples_every, folder=folder / "samples", sampler=sampler,
                            class_names=data.train.class_names)]
     return module, data, pictures if config.samples_every else []
+
+
+def load_target(config: DictConfig, tokenizer: Tokenizer) -> Generator:
+    """The generator that a drafter learns from, trained first if it is missing and its experiment is named."""
+    if config.target_checkpoint is None:
+        raise FileNotFoundError("a drafter learns from a trained generator: give target_checkpoint=RUN.")
+    source = Path(config.target_checkpoint)
+    path = source if source.is_file() else source / GENERATOR_FILE
+    if not path.exists() and config.target_experiment is not None:
+        log.info("no target at %s yet: training experiment=%s first", path, config.target_experiment)
+        train(compose_config("train", [f"experiment={config.target_experiment}", f"run_dir={source}",
+                                       f"tokenizer_checkpoint={config.tokenizer_checkpoint}", f"seed={config.seed}"]))
+    learned, given = (read_config(path) or {}).get("tokenizer_hash"), weights_hash(tokenizer.state_dict())
+    if learned not in (None, given):
+        raise ValueError(f"the target {path} was trained with tokenizer {learned}, this is {given}: set "
+                         f"tokenizer_checkpoint={source}.")
+    return load_generator(path)
 
 
 def tokenizer_node(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -227,6 +251,8 @@ def export(config: DictConfig, folder: Path, module: TrainingModule, data: Image
         save_weights(folder / TOKENIZER_FILE, tokenizer.state_dict(),
                      {**about, "tokenizer": tokenizer_node(config, folder) | measured})
         return
+    if module.averaged.needs_target:
+        about["target_hash"] = weights_hash(module.averaged.target.state_dict())
     save_weights(folder / GENERATOR_FILE, module.averaged.state_dict(),
                  {**about, "generator": container(config, "generator"), "sampler": container(config, "sampler"),
                   "tokenizer_hash": weights_hash(module.tokenizer.state_dict()),

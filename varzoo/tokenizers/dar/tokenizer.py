@@ -85,6 +85,9 @@ class DARTokenizer(Tokenizer):
         """The code vectors `[K, code_channels]` as decoded: of unit length."""
         return F.normalize(self.embedding.weight, dim=-1)
 
+    def stored_codebook(self) -> Tensor:
+        return self.embedding.weight
+
     def lookup(self, ids: Tensor) -> Tensor:
         """Ids `[B, n]` -> their code vectors `[B, n, code_channels]`."""
         return F.embedding(ids, self.codebook())
