@@ -49,11 +49,15 @@ class FeatureExtractor(nn.Module, ABC):
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 images `[B, 3, H, W]` -> `dict(features [B, D], logits [B, C])`."""
+        self.check(images)
+        with full_precision(), torch.autocast(images.device.type, enabled=False):
+            return self.extract(images)
+
+    def check(self, images: Tensor) -> None:
+        """Raise ValueError unless these are images that features can be taken of."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"features are taken of uint8 images [B, 3, H, W], got {images.dtype} "
                              f"{tuple(images.shape)}; turn floats into uint8 by the tokenizer's own rule.")
-        with full_precision(), torch.autocast(images.device.type, enabled=False):
-            return self.extract(images)
 
     def weights_hash(self) -> str:
         """Identity of the extractor's weights."""
@@ -212,59 +216,3 @@ class ResNetFeatures(FeatureExtractor):
         resized = F.interpolate(images.float() / 255, (self.SIDE, self.SIDE), mode="bilinear", antialias=True)
         features = self.network(normalize(resized, self.MEAN, self.STD))
         return {"features": features, "logits": self.head(features)}
-
-
-class InceptionFeatures(FeatureExtractor):
-    """Inception-v3 of 2015-12-05 as FID uses it (arXiv 1706.08500), by torch-fidelity: 2048 features, 1008 classes.
-
-    Only with the published weights is the distance called FID; with any others it is fd_inception.
-
-    Args:
-        weights: file of the weights. Without it: `$VARZOO_WEIGHTS`/FILE, then torch hub's cache.
-        download: fetch the file to torch hub's cache if it is nowhere.
-
-    Raises:
-        FileNotFoundError: there is no such file, and `download` is off.
-        ValueError: the file is damaged, or unpickling it would run code.
-    """
-
-    name, dim, classes = "inception", 2048, 1008
-    FILE, SHA256_PREFIX = "weights-inception-2015-12-05-6726825d.pth", "6726825d"
-
-    def __init__(self, *, weights: str | Path | None = None, download: bool = False) -> None:
-        super().__init__()
-        path = self.find(weights, download)
-        read_weights(path)  # torch-fidelity would unpickle anything; this refuses code
-        with open(path, "rb") as file:
-            published = hashlib.file_digest(file, "sha256").hexdigest().startswith(self.SHA256_PREFIX)
-        self.metric = "FID" if published else "fd_inception"
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path))
-        self.eval().requires_grad_(False)
-
-    @classmethod
-    def find(cls, weights: str | Path | None = None, download: bool = False) -> Path:
-        """The weights' file: as given, or where it is customarily kept."""
-        hub = Path(torch.hub.get_dir()) / "checkpoints" / cls.FILE
-        folder = os.environ.get("VARZOO_WEIGHTS")
-        candidates = [Path(weights)] if weights else [*([Path(folder) / cls.FILE] if folder else []), hub]
-        for path in candidates:
-            if path.is_file():
-                return path
-        if download and not weights:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-            hub.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(hub), hash_prefix=cls.SHA256_PREFIX)
-            return hub
-        raise FileNotFoundError(
-            f"the Inception weights are not at {' or '.join(map(str, candidates))}. FID needs {cls.FILE} (its sha256 "
-            f"begins with {cls.SHA256_PREFIX}; torch-fidelity's releases have it): give weights=FILE, or put it into "
-            "the folder $VARZOO_WEIGHTS, or allow download=true."
-        )
-
-    def extract(self, images: Tensor) -> dict[str, Tensor]:
-        features, logits = self.network(images)
-        return {"features": features, "logits": logits}

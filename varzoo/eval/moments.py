@@ -152,13 +152,13 @@ class Moments:
         dist.all_reduce(self.total, group=group)
         dist.all_reduce(self.outer, group=group)
 
-    def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance (divided by n - 1). Raises ValueError for fewer than two samples."""
+    def gaussian(self, *, biased: bool = False) -> Gaussian:
+        """Mean and covariance, divided by n - 1, or by n where `biased`. Raises ValueError for fewer than two samples."""
         n = len(self)
         if n < 2:
             raise ValueError(f"a covariance needs at least two samples, got {n}.")
         total, outer = self.total.cpu(), self.outer.cpu()
-        return Gaussian(total / n, (outer - torch.outer(total, total) / n) / (n - 1))
+        return Gaussian(total / n, (outer - torch.outer(total, total) / n) / (n if biased else n - 1))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"seen": self.samples.seen.clone(), "total": self.total.clone(), "outer": self.outer.clone()}
