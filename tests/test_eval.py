@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,15 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from varzoo.data import Digits
 from varzoo.eval.__main__ import main
-from varzoo.eval.features import ClassifierFeatures, FeatureExtractor, InceptionFeatures, full_precision
+from varzoo.eval.feature_bank import FeatureBank
+from varzoo.eval.features import ClassifierFeatures, FeatureExtractor, full_precision
+from varzoo.eval.inception import WEIGHTS, InceptionFeatures
 from varzoo.eval.inception_score import InceptionScore, consecutive_splits, equal_splits, shuffled_splits
 from varzoo.eval.moments import Gaussian, Moments, frechet_distance
 from varzoo.eval.protocol import EvalProtocol, append_row, read_rows, result_row
+from varzoo.eval.readers import SampleReader
 from varzoo.eval.score import Samples, Scorer, dataset_samples, make_protocol, reference_statistics, score
-from varzoo.eval.writers import NpzFile, PNGFolder, SampleReader, image_grid
+from varzoo.eval.writers import NpzFile, PNGFolder, image_grid
 
 
 class Toy(FeatureExtractor):
@@ -193,25 +197,37 @@ def test_scorer_resumes_from_its_state() -> None:
     assert second.scores(reference).accuracy == whole.accuracy
 
 
+METRICS = ("fd", "inception_score", "precision_recall", "kid")
+
+
 def _score_a_share(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     images, labels = toy_images(51), torch.arange(51) % 3
-    scorer = Scorer(extractor=Toy(), count=51)
-    indices = torch.arange(rank, 52, world_size)  # one padded
-    scorer.update(Samples(images[indices % 51], labels[indices % 51], indices))
+    scorer = Scorer(extractor=Toy(), count=51, metrics=METRICS, kid_subsets=3, kid_size=20,
+                    features=f"{folder}/{rank}.npy")
+    for indices in torch.arange(rank, 52 + world_size, world_size).split(7):  # ragged, and padded
+        scorer.update(Samples(images[indices % 51], labels[indices % 51], indices))
     scorer.all_reduce()
-    reference = reference_statistics([Samples(toy_images(80, seed=1))], extractor=Toy())
-    torch.save(vars(scorer.scores(reference)), f"{folder}/{rank}.pt")
+    shards = torch.arange(80).split(9)[rank::world_size]
+    bank = FeatureBank(dim=5, count=80)
+    reference = reference_statistics([Samples(toy_images(80, seed=1)[rows], None, rows) for rows in shards],
+                                     extractor=Toy(), bank=bank, distributed=True)
+    torch.save(vars(scorer.scores(reference, distributed=True)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_score_as_one(tmp_path: Path) -> None:
-    mp.spawn(_score_a_share, args=(2, str(tmp_path)), nprocs=2)
-    reference = reference_statistics([Samples(toy_images(80, seed=1))], extractor=Toy())
-    whole = vars(score([Samples(toy_images(51), torch.arange(51) % 3)], count=51, reference=reference, extractor=Toy()))
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(whole, rel=1e-9)
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_many_processes_score_as_one(tmp_path: Path, processes: int) -> None:
+    mp.spawn(_score_a_share, args=(processes, str(tmp_path)), nprocs=processes)
+    reference = reference_statistics([Samples(toy_images(80, seed=1))], extractor=Toy(),
+                                     bank=FeatureBank(dim=5, count=80))
+    whole = vars(score([Samples(toy_images(51), torch.arange(51) % 3)], count=51, reference=reference, extractor=Toy(),
+                       metrics=METRICS, kid_subsets=3, kid_size=20))
+    for rank in range(processes):
+        scores = torch.load(tmp_path / f"{rank}.pt")
+        assert scores.pop("sfd") is None
+        assert scores == pytest.approx({name: value for name, value in whole.items() if name != "sfd"}, rel=1e-9)
 
 
 # --- extractors ---
@@ -289,7 +305,7 @@ def test_inception_features_by_torch_fidelity(inception_file: Path) -> None:
 
 def test_only_the_published_weights_make_a_fid(inception_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = hashlib.sha256(inception_file.read_bytes()).hexdigest()
-    monkeypatch.setattr(InceptionFeatures, "SHA256_PREFIX", digest[:8])
+    monkeypatch.setattr("varzoo.eval.inception.WEIGHTS", replace(WEIGHTS, sha256=digest[:8]))
     assert InceptionFeatures(weights=inception_file).metric == "FID"
 
 
@@ -302,8 +318,8 @@ def test_missing_inception_weights_say_where_to_put_them(tmp_path: Path, monkeyp
         InceptionFeatures(weights=tmp_path / "elsewhere.pth", download=True)
     for folder in (tmp_path / "hub" / "checkpoints", tmp_path / "weights"):  # the latter is preferred
         folder.mkdir(parents=True)
-        (folder / InceptionFeatures.FILE).touch()
-        assert InceptionFeatures.find() == folder / InceptionFeatures.FILE
+        (folder / WEIGHTS.file).touch()
+        assert WEIGHTS.find() == folder / WEIGHTS.file
 
 
 def test_inception_weights_that_run_code_are_refused(tmp_path: Path) -> None:
@@ -344,8 +360,10 @@ def test_a_proxys_distance_is_never_called_fid() -> None:
 def test_protocol_hash_covers_every_field() -> None:
     changes = [{"metric": "fd_x"}, {"extractor": "x"}, {"extractor_hash": "x"}, {"count": 11}, {"labels": "random"},
                {"uint8_rule": "truncate"}, {"reference": "x"}, {"reference_hash": "x"}, {"precision": "bf16"},
-               {"is_splits": 5}, {"is_formula": "consecutive"}]
-    assert len({protocol(**change).hash for change in [{}, *changes]}) == 12
+               {"is_splits": 5}, {"is_formula": "consecutive"}, {"family": "adm"}, {"departures": ("count",)},
+               {"image_size": (4, 4)}, {"resize": "bicubic"}, {"extractor_resize": "tf1"}, {"reference_type": "train"},
+               {"covariance": "biased"}, {"manifold": "k=3"}, {"frames": 16}]
+    assert len({protocol(**change).hash for change in [{}, *changes]}) == len(changes) + 1
     assert set().union(*changes) == set(EvalProtocol.__dataclass_fields__)
 
 
@@ -485,9 +503,9 @@ def test_command_scores_a_folder_and_appends_a_row(run: Path, capsys: pytest.Cap
 
 def test_command_takes_stored_statistics_images_and_labels(run: Path, digits: ClassifierFeatures) -> None:
     reference = reference_statistics(dataset_samples(Digits(split="heldout")), extractor=digits)
-    np.savez("stats.npz", mu=reference.mean, sigma=reference.covariance)
-    by_name, by_file = (main(["samples=samples", f"reference={name}", "extractor=digits"])
-                        for name in ("digits", "stats.npz"))
+    np.savez("stats.npz", mu=reference.gaussian.mean, sigma=reference.gaussian.covariance)
+    by_name, by_file = (main(["samples=samples", f"reference={name}", "extractor=digits", *more])
+                        for name, *more in (["digits"], ["stats.npz", "reference_type=validation"]))
     assert by_name["fd"] == pytest.approx(by_file["fd"], rel=1e-5)
     assert main(["samples=samples", "reference=samples", "extractor=digits"])["fd"] < 1e-6
     Path("labels.txt").write_text("0\n" * 60)
@@ -503,7 +521,7 @@ def test_command_takes_stored_statistics_images_and_labels(run: Path, digits: Cl
     (["samples=samples", "reference=mnist", "extractor=digits"], "unknown reference"),
     (["samples=samples", "reference=digits", "extractor=digits", "splits=0"], "splits must be a positive"),
     (["samples=samples", "reference=digits", "extractor=digits", "download=yes"], "unknown download"),
-    (["samples=samples", "reference=digits", "extractor=digits", "weights=x.pth"], "option of extractor=inception"),
+    (["samples=samples", "reference=digits", "extractor=digits", "weights=x.pth"], "trains its own classifier"),
     (["samples=samples", "reference=digits", "extractor=digits", "labels=none.txt"], "one class number per line"),
 ])
 def test_command_refuses_with_one_clear_error(run: Path, arguments: list[str], message: str) -> None:
@@ -523,11 +541,12 @@ def test_command_compares_inception_features_with_adm_statistics(run: Path, ince
     mean = np.arange(2048, dtype=np.float32)
     np.savez("adm.npz", mu=mean, sigma=np.eye(2048), arr_0=np.zeros((1, 4, 4, 3), np.uint8))
     PNGFolder(folder="few", manifest={}).write(toy_images(2), [0, 1])
-    with pytest.raises(ValueError, match="64 and 2048 dimensions"):
-        main(["samples=samples", "reference=adm.npz", "extractor=digits"])
+    with pytest.raises(ValueError, match="2048 dimensions, the samples of 64"):
+        main(["samples=samples", "reference=adm.npz", "reference_type=train", "extractor=digits"])
     # eigenvalues of 2048 x 2048 take seconds, and other tests see to them
     monkeypatch.setattr("varzoo.eval.score.frechet_distance", lambda a, b: float((b.mean - a.mean).mean()))
-    row = main(["samples=few", "reference=adm.npz", "extractor=inception", f"weights={inception_file}", "splits=1"])
+    row = main(["samples=few", "reference=adm.npz", "reference_type=train", "extractor=inception",
+                f"weights={inception_file}", "splits=1"])
     assert row["protocol"]["metric"] == "fd_inception" and row["accuracy"] is None
     assert row["fd"] == pytest.approx(mean.mean(), rel=0.01)
 

@@ -51,8 +51,8 @@ class WeightsFile:
         known = f"its sha256 begins with {self.sha256}" if self.sha256 else "its sha256 is not known here"
         also = ", or allow download=true" if self.url else ""
         raise FileNotFoundError(
-            f"no weights at {' or '.join(map(str, candidates))}. {self.purpose} needs {self.file} ({known}; {self.origin} "
-            f"has it): give its path (weights=FILE), or put it into the folder $VARZOO_WEIGHTS{also}.")
+            f"no weights at {' or '.join(map(str, candidates))}. {self.purpose} needs {self.file} ({known}; "
+            f"{self.origin} has it): give its path (weights=FILE), or put it into the folder $VARZOO_WEIGHTS{also}.")
 
     def is_published(self, path: str | Path) -> bool:
         """Whether the file at this path is the published one, as far as its hash is known."""

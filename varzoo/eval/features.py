@@ -36,19 +36,23 @@ class FeatureExtractor(nn.Module, ABC):
         metric: what the Fréchet distance of its features is called.
         dim: number of features D.
         classes: number of classes C of its logits.
+        resize: how it makes images its own size, in a protocol's words.
+        spatial_dim: number of spatial features S, None if it has none.
     """
 
     name: str
     metric: str
     dim: int
     classes: int
+    resize: str = "none"
+    spatial_dim: int | None = None
 
     @abstractmethod
     def extract(self, images: Tensor) -> dict[str, Tensor]: ...
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 images `[B, 3, H, W]` -> `dict(features [B, D], logits [B, C])`."""
+        """uint8 images `[B, 3, H, W]` -> `dict(features [B, D], logits [B, C])`, with `spatial [B, S]` if there are."""
         self.check(images)
         with full_precision(), torch.autocast(images.device.type, enabled=False):
             return self.extract(images)
@@ -60,7 +64,7 @@ class FeatureExtractor(nn.Module, ABC):
                              f"{tuple(images.shape)}; turn floats into uint8 by the tokenizer's own rule.")
 
     def weights_hash(self) -> str:
-        """Identity of the extractor's weights."""
+        """Identity of the extractor's weights; of a published file, the first digits of its sha256."""
         return weights_hash(self.state_dict())
 
 

@@ -1,8 +1,7 @@
 """Inception-v3 of 2015-12-05, the network of FID, sFID and the inception score (arXiv 1706.08500, 1606.03498).
 
-The layers and the converted weights are torch-fidelity's. Its forward pass is spelled out here because three things are
-asked of it that torch-fidelity's own cannot do in one pass: sFID's spatial features, the half-pixel resize of pytorch-fid
-and torchmetrics, and weights that are read without running code.
+The layers and the converted weights are torch-fidelity's. Its forward pass is spelled out here because it is asked for
+what torch-fidelity's own does not give: sFID's spatial features, and the half-pixel resize of pytorch-fid.
 """
 
 from __future__ import annotations
@@ -76,6 +75,9 @@ class InceptionFeatures(FeatureExtractor):
         safe.seek(0)
         self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=safe)
         self.eval().requires_grad_(False)
+
+    def weights_hash(self) -> str:
+        return WEIGHTS.sha256 if self.published else super().weights_hash()
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         output = self.activations(images)

@@ -1,4 +1,4 @@
-"""Kernel inception distance (arXiv 1801.01401): an unbiased squared MMD under a polynomial kernel, over random subsets."""
+"""Kernel inception distance (arXiv 1801.01401): unbiased squared MMD under a polynomial kernel, over random subsets."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ Sums are kept raw: in float64 that loses about 4e-15 of the covariance, and merg
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -93,14 +92,6 @@ class Gaussian:
             raise ValueError(f"a Gaussian needs a mean [D] and a covariance [D, D], got {tuple(self.mean.shape)} and "
                              f"{tuple(self.covariance.shape)}.")
 
-    @classmethod
-    def from_npz(cls, path: str | Path) -> Gaussian:
-        """Read `mu` and `sigma` of an .npz in the layout of ADM's reference batches."""
-        with np.load(path, allow_pickle=False) as file:
-            if "mu" not in file or "sigma" not in file:
-                raise ValueError(f"{path} has no statistics mu and sigma, only {', '.join(file.files)}.")
-            return cls(torch.from_numpy(file["mu"]).double(), torch.from_numpy(file["sigma"]).double())
-
 
 class Moments:
     """Streaming moments of features: n, sum of x and sum of x x^T.
@@ -153,7 +144,7 @@ class Moments:
         dist.all_reduce(self.outer, group=group)
 
     def gaussian(self, *, biased: bool = False) -> Gaussian:
-        """Mean and covariance, divided by n - 1, or by n where `biased`. Raises ValueError for fewer than two samples."""
+        """Mean and covariance, divided by n - 1, or by n where `biased`. Raises ValueError for n < 2."""
         n = len(self)
         if n < 2:
             raise ValueError(f"a covariance needs at least two samples, got {n}.")

@@ -12,7 +12,7 @@ WINDOWS = ("uniform", "gaussian")
 
 
 def psnr(reconstructions: Tensor, originals: Tensor) -> Tensor:
-    """10 log10 (1 / mean squared error) of each image, `[B]`, for `[B, ...]` in [0, 1]; infinite where they are equal."""
+    """10 log10 (1 / mean squared error) of each image `[B]`, for `[B, ...]` in [0, 1]; infinite for equal ones."""
     error = (reconstructions.double() - originals.double()).square().flatten(1).mean(1)
     return -10 * error.log10()
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from varzoo.core.checkpoint import atomic_path
 from varzoo.data.files import create_once
-from varzoo.eval.score import Samples
-
-MANIFEST = "manifest.json"
+from varzoo.eval.readers import MANIFEST, read_manifest
 
 
 class SampleWriter(ABC):
@@ -188,96 +185,6 @@ def _require_same_run(path: Path, found: Mapping[str, Any], expected: Mapping[st
     if names:
         differing = "; ".join(f"{name} was {found.get(name)!r}, now {expected.get(name)!r}" for name in names)
         raise ValueError(f"{path} holds another run: {differing}. Choose another folder, or delete that one.")
-
-
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a PNG folder or an .npz; empty for samples of another origin."""
-    path = Path(path)
-    if path.is_dir():
-        return json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {}
-    with np.load(path, allow_pickle=False) as file:
-        return json.loads(str(file["manifest"])) if "manifest" in file else {}
-
-
-class SampleReader:
-    """Samples in a folder of images or in an .npz with arr_0, in order.
-
-    Args:
-        path: a folder of images, in the order of their names, or an .npz with arr_0 uint8 `[N, H, W, 3]`, and arr_1
-            `[N]` if there are labels.
-        labels: classes `[N]`, for samples that do not carry them.
-        batch_size: samples per batch.
-
-    Raises:
-        FileNotFoundError: there is no such path.
-        ValueError: it holds no samples, or the labels are not as many.
-    """
-
-    def __init__(self, *, path: str | Path, labels: Sequence[int] | None = None, batch_size: int = 64) -> None:
-        self.path, self.batch_size = Path(path), batch_size
-        if self.path.is_dir():
-            self._files = sorted(file for file in self.path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS)
-            self._count = len(self._files)
-        elif self.path.is_file():
-            with np.load(self.path, allow_pickle=False) as file:
-                if "arr_0" not in file:
-                    raise ValueError(f"{self.path} has no samples arr_0, only {', '.join(file.files)}.")
-                if labels is None and "arr_1" in file:
-                    labels = file["arr_1"].tolist()
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                self._count = _array_header(file)[0][0]
-        else:
-            raise FileNotFoundError(f"there are no samples at {self.path}; give a folder of PNGs or an .npz file.")
-        if not self._count:
-            raise ValueError(f"{self.path} holds no samples.")
-        if labels is not None and len(labels) != self._count:
-            raise ValueError(f"{self.path} holds {self._count} samples, but {len(labels)} labels were given.")
-        self._given = labels
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return self._count
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return read_manifest(self.path)
-
-    def __iter__(self) -> Iterator[Samples]:
-        start = 0
-        for images, labels in self._read_folder() if self.path.is_dir() else self._read_npz():
-            stop = start + len(images)
-            if self._given is not None:
-                labels = torch.tensor([int(label) for label in self._given[start:stop]])
-            yield Samples(images, labels, torch.arange(start, stop))
-            start = stop
-
-    def _read_folder(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for start in range(0, self._count, self.batch_size):
-            images, labels = [], []
-            for path in self._files[start:start + self.batch_size]:
-                with Image.open(path) as image:
-                    images.append(pil_to_tensor(image.convert("RGB")))
-                    if "label" in image.info:
-                        labels.append(int(image.info["label"]))
-            yield torch.stack(images), torch.tensor(labels) if len(labels) == len(images) else None
-
-    def _read_npz(self) -> Iterator[tuple[Tensor, None]]:
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-            (count, *shape), fortran, dtype = _array_header(file)
-            if dtype != np.uint8 or len(shape) != 3 or shape[-1] != 3 or fortran:
-                raise ValueError(f"arr_0 of {self.path} must be uint8 [N, H, W, 3] in C order, got {dtype} "
-                                 f"{(count, *shape)}.")
-            for start in range(0, count, self.batch_size):
-                size = min(self.batch_size, count - start)
-                content = file.read(size * int(np.prod(shape)))
-                images = np.frombuffer(content, np.uint8).reshape(size, *shape)
-                yield torch.from_numpy(images.copy()).permute(0, 3, 1, 2), None
-
-
-def _array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
 
 
 def image_grid(images: Tensor, row_names: Sequence[str], *, scale: int = 1, padding: int = 2) -> Image.Image:
