@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from tests.inception import write_random_inception
 from varzoo.data import Digits
 from varzoo.eval.__main__ import main
 from varzoo.eval.feature_bank import FeatureBank
@@ -283,17 +283,7 @@ def test_extractors_refuse_other_images(digits: ClassifierFeatures) -> None:
 
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the shape of the published file: the network is real, its number is not a FID."""
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    build = FeatureExtractorInceptionV3.load_state_dict
-    try:
-        FeatureExtractorInceptionV3.load_state_dict = lambda self, state: None
-        torch.save({}, path)
-        network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path=str(path))
-    finally:
-        FeatureExtractorInceptionV3.load_state_dict = build
-    torch.save(network.state_dict(), path)
-    return path
+    return write_random_inception(tmp_path_factory.mktemp("weights") / "random.pth")
 
 
 def test_inception_features_by_torch_fidelity(inception_file: Path) -> None:

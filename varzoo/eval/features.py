@@ -11,6 +11,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -56,6 +57,10 @@ class FeatureExtractor(nn.Module, ABC):
         self.check(images)
         with full_precision(), torch.autocast(images.device.type, enabled=False):
             return self.extract(images)
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     def check(self, images: Tensor) -> None:
         """Raise ValueError unless these are images that features can be taken of."""

@@ -47,7 +47,8 @@ class SampleReader:
     def __init__(self, *, path: str | Path, labels: Sequence[int] | None = None, batch_size: int = 64) -> None:
         self.path, self.batch_size = Path(path), batch_size
         if self.path.is_dir():
-            files = [file for file in self.path.iterdir() if file.suffix.lower() in IMG_EXTENSIONS]
+            files = [file for file in self.path.iterdir()  # hidden ones are what a killed process left half written
+                     if file.suffix.lower() in IMG_EXTENSIONS and not file.name.startswith(".")]
             numbered = all(file.stem.isdigit() for file in files)
             self._files = sorted(files, key=lambda file: int(file.stem) if numbered else file.name)
             self._count = len(self._files)

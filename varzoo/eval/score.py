@@ -99,7 +99,7 @@ class Scorer:
             raise ValueError(f"the extractor {extractor.name} has no spatial features; sfd is Inception's.")
         self.extractor, self.count, self.metrics = extractor, count, frozenset(metrics)
         self.biased, self.half, self.kid_subsets, self.kid_size = biased, half, kid_subsets, kid_size
-        self.device = next(extractor.parameters()).device
+        self.device = extractor.device
         self.samples = SampleSet(count)
         self.labelled = torch.zeros(2, dtype=torch.int64, device=self.device)  # right, all
         settings = {"count": count, "device": self.device}
@@ -233,7 +233,7 @@ def reference_statistics(batches: Iterable[Samples], *, extractor: FeatureExtrac
         bank: keeps all features, for precision, recall and KID.
         distributed: every process calls this, and gets the whole.
     """
-    device = next(extractor.parameters()).device
+    device = extractor.device
     moments = Moments(dim=extractor.dim, device=device)
     spatial = None if extractor.spatial_dim is None else Moments(dim=extractor.spatial_dim, device=device)
     for samples in batches:
