@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -44,6 +45,7 @@ class Model:
     generator: Generator
     sampler: Sampler
     class_names: tuple[str, ...] = ()
+    output_size: int | None = None  # side to which decoded images are resized before they become uint8
     decode: Mapping[str, Any] = field(default_factory=dict)  # options of the tokenizer's `decode`
 
     def __post_init__(self) -> None:
@@ -78,20 +80,36 @@ class Model:
         if preview is None:
             sampled = self.sampler.sample(self.generator, condition, draws, callback)
             images = self.tokenizer.decode(sampled.tokens, draws, **self.decode)
-            return self.tokenizer.to_uint8(images), sampled.counts
+            return self._finished(images), sampled.counts
         stream, pushed = self.tokenizer.stream(draws, **self.decode), 0
 
         def follow(progress: Progress) -> None:
             nonlocal pushed
             drawn = progress.step.drawn + progress.step.positions.shape[1]
             if stream.push(progress.decoding.tokens[:, pushed:drawn]):
-                preview(self.tokenizer.to_uint8(stream.preview()))
+                preview(self._finished(stream.preview()))
             pushed = drawn
             if callback is not None:
                 callback(progress)
 
         counts = self.sampler.sample(self.generator, condition, draws, follow).counts
-        return self.tokenizer.to_uint8(stream.preview()), counts
+        return self._finished(stream.preview()), counts
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return self.tokenizer.image_size if self.output_size is None else (self.output_size, self.output_size)
+
+    @property
+    def resize(self) -> str:
+        """What is done to decoded images, in a protocol's words."""
+        return "none" if self.output_size is None else f"bicubic from {self.tokenizer.image_size[0]}"
+
+    def _finished(self, images: Tensor) -> Tensor:
+        """Decoded images as uint8. LlamaGen draws at 384 and scores at 256, bicubic without antialiasing."""
+        if self.output_size is not None:
+            images = F.interpolate(images.float(), size=self.image_size, mode="bicubic")
+        return self.tokenizer.to_uint8(images)
 
 
 def fit_together(tokenizer: Tokenizer, generator: Generator) -> None:
@@ -281,7 +299,8 @@ def from_config(config: DictConfig, checkpoint: str | Path | None, tokenizer_che
         "tokenizer_checkpoint", published and published.tokenizer, config.download)
     return Model(tokenizer=load_tokenizer(tokenizer_checkpoint, config.tokenizer),
                  generator=load_weights(build(config.generator), checkpoint), sampler=build(config.sampler),
-                 class_names=tuple(config.class_names), decode=build(config.decode) if config.decode else {})
+                 class_names=tuple(config.class_names), output_size=config.output_size,
+                 decode=build(config.decode) if config.decode else {})
 
 
 def find_published(setting: str, name: str | None, download: bool) -> Path:

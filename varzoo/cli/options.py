@@ -80,6 +80,11 @@ class Options:
     def __getitem__(self, name: str) -> str | None:
         return self.values[name]
 
+    def of_job(self, job: str, **values: str) -> Options:
+        """The options of another job, with these values; those that both jobs have are kept."""
+        own = {name: option.default for name, option in OPTIONS.items() if job in option.jobs.split()}
+        return Options(job, own | {name: value for name, value in self.values.items() if name in own} | values)
+
     def whole(self, name: str) -> int:
         """A positive whole number."""
         text = self.values[name] or ""

@@ -68,7 +68,7 @@ def sample(config: DictConfig) -> Path:
     manifest = describe(config, model, request)
     writer: SampleWriter = (
         PNGFolder(folder=out, manifest=manifest) if config.output == "folder"
-        else NpzFile(path=out, manifest=manifest, count=len(request), image_size=model.tokenizer.image_size))
+        else NpzFile(path=out, manifest=manifest, count=len(request), image_size=model.image_size))
     indices = writer.missing(range(rank, len(request), world_size))
     for samples in draw(model, request, seed=config.seed, batch_size=config.batch_size, indices=indices,
                         previews=previews_of(config), rejection=rejection_of(config), progress=rank == 0):
@@ -163,8 +163,9 @@ def describe(config: DictConfig, model: Model, request: Request) -> dict[str, An
     asked = {name: tensor for name, tensor in vars(request.condition(range(len(request)))).items()
              if isinstance(tensor, torch.Tensor)}
     rejection = OmegaConf.to_container(config.rejection, resolve=True) if config.rejection else None
-    # Named only where there is any: folders of older samples stay what they are.
-    return ({"rejection": rejection} if rejection else {}) | {
+    # Named only where there are any: folders of older samples stay what they are.
+    resize = {} if model.output_size is None else {"resize": model.resize}
+    return ({"rejection": rejection} if rejection else {}) | resize | {
         "asked": weights_hash(asked), "generator": weights_hash(model.generator.state_dict()),
         "tokenizer": weights_hash(model.tokenizer.state_dict()),
         "drafts": [weights_hash(network.state_dict()) for network in model.sampler.networks],
