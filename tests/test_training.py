@@ -13,9 +13,12 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from varzoo.cli.evaluate import main
 from varzoo.cli.sample import place, sample
 from varzoo.core.checkpoint import read_config, read_weights
 from varzoo.demo import demo
+from varzoo.eval.features import ClassifierFeatures
+from varzoo.eval.protocol import read_rows
 from varzoo.loading import Model, build, compose_config, load, register_run
 from varzoo.training.callbacks import read_metrics
 from varzoo.training.run import train
@@ -248,3 +251,46 @@ def test_official_files_by_command(generator_run: Path, tmp_path: Path) -> None:
         assert (official["arr_0"] == ours["arr_0"]).all() and official["arr_0"].shape == (10, 16, 16, 3)
     wrong = run("sample.py", *arguments[:-4], "generator=mar_tiny", "sampler=diffusion", cwd=tmp_path)
     assert wrong.returncode == 1 and "fits no layout of MAR" in wrong.stderr
+
+
+# --- scores of runs ---
+
+@pytest.fixture
+def classifier(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits' classifier, barely trained."""
+    monkeypatch.setitem(ClassifierFeatures.RECIPES["digits"], "steps", 3)
+    monkeypatch.setenv("VARZOO_CACHE", str(tmp_path_factory.getbasetemp() / "barely-trained"))
+
+
+def test_samples_are_scored_during_training(tmp_path: Path, tokenizer_run: Path, classifier: None) -> None:
+    folder = train(compose_config("train", overrides(tmp_path / "run", tokenizer_run, "scores=digits", "scores.every=4",
+                                                     "scores.per_class=3", "samples_every=0")))
+    rows = read_rows(folder / "scores.jsonl")
+    assert [row["run"]["step"] for row in rows] == [4, 6]
+    assert rows[0]["protocol"]["metric"] == "fd_digits" and rows[0]["protocol"]["reference_type"] == "train"
+    logged = read_metrics(folder / "logs")
+    assert [value for _, value in logged["scores/fd_digits"]] == pytest.approx([row["fd"] for row in rows], rel=1e-4)
+    # the same samples, drawn and scored afterwards
+    main(["reference=build", "data=digits_train", "extractor=digits", f"out={tmp_path / 'stats.npz'}"])
+    checkpoint, tokenizer = register_run(folder)
+    sample(compose_config("sample", ["model=run", f"checkpoint={checkpoint}", f"tokenizer_checkpoint={tokenizer}",
+                                     "per_class=3", "output=folder", f"out={tmp_path / 'samples'}", "device=cpu"]))
+    row = main([f"samples={tmp_path / 'samples'}", f"reference={tmp_path / 'stats.npz'}", "extractor=digits",
+                f"results={tmp_path / 'results.jsonl'}", "splits=2"])
+    assert row["fd"] == pytest.approx(rows[-1]["fd"], rel=1e-6)
+    assert row["inception_score"] == pytest.approx(rows[-1]["inception_score"], rel=1e-6)
+
+
+def test_reconstructions_and_the_codebook_they_use(tmp_path: Path, tokenizer_run: Path, classifier: None,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [f"reconstruct={tokenizer_run}", "data=digits", "out=both", "batch_size=90"]
+    usage = main(command)
+    assert 0 < usage["codebook_usage"] <= 1 <= usage["codebook_perplexity"]
+    Path("both/reconstructions/000123.png").unlink()  # as after a kill
+    assert {**main(command), "seconds": 0} == {**usage, "seconds": 0}
+    row = main(["samples=both/reconstructions", "reference=both/originals", "reference_type=validation",
+                "extractor=digits", "also=pairs", "lpips=none"])
+    assert row["count"] == 500 and 0 < row["psnr"] < 60 and -1 <= row["ssim"] <= 1
+    with pytest.raises(ValueError, match="unknown data set 'digit'"):
+        main([f"reconstruct={tokenizer_run}", "data=digit", "out=other"])

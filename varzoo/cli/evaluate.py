@@ -139,7 +139,11 @@ def chosen_metrics(options: Options, asked: EvalProtocol | None, extractor: Feat
     for name in options.names("also"):
         if name not in MORE:
             raise unknown("metric", name, MORE)
-    usual = REPORTS[asked.family] if asked else (("inception_score",) if extractor.classes else ())
+    usual = set(REPORTS[asked.family] if asked else ("inception_score",))
+    if not extractor.classes:
+        usual.discard("inception_score")
+    if extractor.spatial_dim is None:
+        usual.discard("sfd")  # of a protocol whose extractor is departed from
     return {"fd", *usual, *options.names("also")}
 
 

@@ -56,13 +56,13 @@ def make_extractor(options: Options, asked: EvalProtocol | None) -> FeatureExtra
     return ClassifierFeatures(dataset=name, root=options["root"])
 
 
-def dataset_by_name(name: str, root: str | None) -> LabelledImages | None:
+def dataset_by_name(name: str, root: str | None, **settings: Any) -> LabelledImages | None:
     """digits, digits_train, ...: held-out or training images; None where the name is no data set's."""
     split = "train" if name.endswith("_train") else "heldout"
     make = DATASETS.get(name.removesuffix("_train"))
     if make is None:
         return None
-    return make(split=split) if make is Digits else make(split=split, root=root)
+    return make(split=split, **settings) if make is Digits else make(split=split, root=root, **settings)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ OPTIONS = {
                                    "the end"),
     "batch_size": Option("64", "score build reproduce reconstruct", "images per batch"),
     "device": Option("cpu", "score build reproduce reconstruct", "cpu | cuda"),
-    "results": Option("results.jsonl", "score reproduce reconstruct leaderboard", "file that rows are appended to"),
+    "results": Option("results.jsonl", "score reproduce leaderboard", "file that rows are appended to"),
 }
 NEEDED = {"score": ("samples", "reference"), "build": ("data", "out"), "reconstruct": ("data", "out"),
           "reproduce": ("reference", "out"), "leaderboard": ()}

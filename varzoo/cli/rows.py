@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from varzoo.core.errors import unknown
@@ -75,7 +76,10 @@ def load_row(name: str, overrides: list[str]) -> tuple[Row, DictConfig]:
     """A row, and the config of sampling it. Raises ValueError for an unknown name."""
     if name not in row_names():
         raise unknown("row of the leaderboard", name, row_names())
-    config = compose_config("sample", [f"{GROUP}={name}", *overrides])
+    try:
+        config = compose_config("sample", [f"{GROUP}={name}", *overrides])
+    except HydraException as error:
+        raise ValueError(f"override={' '.join(overrides)!r} does not fit {name}: {error}.") from error
     node = OmegaConf.to_container(config.row, resolve=True)
     expected = {metric: Expected(**value) for metric, value in node.pop("expected").items()}
     return Row(name=name, expected=expected, **node), config

@@ -6,11 +6,10 @@ import csv
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,15 +47,17 @@ class StepBar(pl.Callback):
 
 
 class EverySteps(pl.Callback, ABC):
-    """Calls `show` on rank zero every so many steps and after the last."""
+    """Calls `show` every so many steps and after the last: on rank zero, or `everywhere` at once."""
+
+    everywhere: ClassVar[bool] = False
 
     def __init__(self, every: int) -> None:
         self.every = every
 
-    @rank_zero_only
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
-        if module.iteration % self.every == 0 or module.iteration == module.steps:
+        due = module.iteration % self.every == 0 or module.iteration == module.steps
+        if due and (self.everywhere or trainer.is_global_zero):
             was_training, device = module.training, module.device
             module.eval()
             with torch.no_grad():

@@ -4,6 +4,7 @@
     checkpoints/last.ckpt   everything needed to go on
     logs/, tensorboard/     metrics (CSV, one file per resumption; TensorBoard)
     samples/                grids of samples, or of originals and reconstructions
+    scores.jsonl            scores of a generator's samples, where the config asks for them
     curve.png               losses over the steps
     tokenizer.safetensors   the tokenizer: trained here, or copied so that the folder is complete by itself
     vae.safetensors         of a tokenizer over a VAE: that, copied
@@ -49,11 +50,12 @@ from varzoo.training.callbacks import ReconstructionGrid, SampleGrid, StepBar, p
 from varzoo.training.data import ImageData, TokenData
 from varzoo.training.generator import GeneratorTraining
 from varzoo.training.module import TrainingModule
+from varzoo.training.scoring import ScoreSamples
 from varzoo.training.tokenizer import TokenizerTraining
 
 # What may differ when a run is taken up again: where and how it runs, how often it reports, how long it is.
 FREE = {"run_dir", "overwrite", "trainer", "num_workers", "steps", "log_every", "validate_every", "checkpoint_every",
-        "samples_every", "tokenizer_checkpoint", "target_checkpoint", "cache", "accumulate"}
+        "samples_every", "scores", "tokenizer_checkpoint", "target_checkpoint", "cache", "accumulate"}
 
 VAE_FILE = "vae.safetensors"
 
@@ -146,9 +148,15 @@ def generator_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, p
         generator.use_target(generator)  # says that it takes none
     module = GeneratorTraining(generator=generator, tokenizer=tokenizer, posterior=config.posterior, **settings)
     data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), copies=config.copies, **images)
-    pictures = [SampleGrid(every=config.samples_every, folder=folder / "samples", sampler=sampler,
-                           class_names=data.train.class_names)]
-    return module, data, pictures if config.samples_every else []
+    pictures: list[Any] = []
+    if config.samples_every:
+        pictures.append(SampleGrid(every=config.samples_every, folder=folder / "samples", sampler=sampler,
+                                   class_names=data.train.class_names))
+    if config.scores is not None:
+        settings = {name: value for name, value in container(config, "scores").items() if name != "extractor"}
+        pictures.append(ScoreSamples(path=folder / "scores.jsonl", sampler=sampler, dataset=data.train,
+                                     extractor=build(config.scores.extractor), **settings))
+    return module, data, pictures
 
 
 def load_target(config: DictConfig, tokenizer: Tokenizer) -> Generator:
