@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch_fidelity
 from PIL import Image
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from varzoo.eval.kernel_distance import kernel_distance, polynomial_mmd, subset_
 from varzoo.eval.manifold import neighbour_radii, precision_recall
 from varzoo.eval.moments import Moments, frechet_distance
 from varzoo.eval.pretrained import MobileNetFeatures
-from varzoo.eval.protocol import PROTOCOLS, EvalProtocol, agree, differences, find_protocol
+from varzoo.eval.protocol import PROTOCOLS, EvalProtocol, agree, differences, find_protocol, read_rows
 from varzoo.eval.readers import SampleReader
 from varzoo.eval.reconstruction import CodebookUsage, PairScores
 from varzoo.eval.references import Reference
@@ -345,6 +347,27 @@ def test_pairs_of_reconstructions_and_originals(folder: Path) -> None:
     PNGFolder(folder="fewer", manifest={}).write(originals[:50], range(50))
     with pytest.raises(ValueError, match="50 reconstructions and 60 originals do not pair"):
         main(["samples=fewer", "reference=samples", "extractor=digits", "also=pairs", "lpips=none"])
+
+
+def _command(rank: int, arguments: list[str], port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    main(arguments)
+
+
+def test_the_same_command_runs_in_many_processes(folder: Path) -> None:
+    arguments = ["samples=samples", "reference=digits", "extractor=digits", "batch_size=7", "kid_size=9",
+                 "also=precision_recall,kid"]
+    alone = main(arguments)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_command, args=([*arguments, "results=many.jsonl", "state=pass"], port), nprocs=2)
+    (together,) = read_rows("many.jsonl")  # one row, by the first process
+    for name in ("fd", "inception_score", "precision", "recall", "kid", "accuracy"):
+        assert together[name] == pytest.approx(alone[name], rel=1e-9), name
+    assert together["protocol"]["reference_hash"] == alone["protocol"]["reference_hash"] and not Path("pass").exists()
 
 
 # --- bad input ---
