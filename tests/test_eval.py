@@ -544,6 +544,6 @@ def test_command_compares_inception_features_with_adm_statistics(run: Path, ince
 def test_reference_and_extractor_are_named_by_hash() -> None:
     reference = reference_statistics([Samples(toy_images(80, seed=1))], extractor=Toy())
     other = reference_statistics([Samples(toy_images(80, seed=2))], extractor=Toy())
-    made = [make_protocol(extractor=Toy(), count=5, reference=statistics, reference_name="r", labels="none",
+    made = [make_protocol(extractor=Toy(), count=5, reference=statistics, labels="none",
                           uint8_rule="round") for statistics in (reference, other)]
     assert made[0].reference_hash != made[1].reference_hash and made[0].extractor_hash == made[1].extractor_hash

@@ -76,7 +76,8 @@ class Judge:
         self.extractor, self.results = ClassifierFeatures(dataset="digits"), folder / "results.jsonl"
         self.metric, self.seed = self.extractor.metric, config.seed
         train_set, self.heldout = build(config.data.train), build(config.data.heldout)
-        self.reference = reference_statistics(dataset_samples(train_set), extractor=self.extractor)
+        self.reference = reference_statistics(dataset_samples(train_set), extractor=self.extractor,
+                                              name="digits, train split", kind="train")
         self.request = Request(labels=[label for label in range(10) for _ in range(per_class)])
         self.labels = f"{per_class} per class"
 
@@ -87,7 +88,7 @@ class Judge:
         begun = time.perf_counter()
         scores = score(samples, count=count, reference=self.reference, extractor=self.extractor)
         protocol = make_protocol(extractor=self.extractor, count=count, reference=self.reference,
-                                 reference_name="digits, train split", labels=self.labels,
+                                 labels=self.labels,
                                  uint8_rule="round" if name.startswith("real") else "the tokenizer's")
         append_row(self.results, result_row(protocol, asdict(scores), seconds=time.perf_counter() - begun,
                                             run={"name": name, "seed": self.seed}))

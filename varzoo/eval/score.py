@@ -256,10 +256,10 @@ def reference_statistics(batches: Iterable[Samples], *, extractor: FeatureExtrac
 
 
 def make_protocol(*, extractor: FeatureExtractor, count: int, reference: Reference, labels: str, uint8_rule: str,
-                  reference_name: str | None = None, splits: int = 10, **fields: Any) -> EvalProtocol:
+                  splits: int = 10, **fields: Any) -> EvalProtocol:
     """The protocol of `score` with these arguments; other fields of a protocol may be given too."""
     return EvalProtocol(
         metric=extractor.metric, extractor=extractor.name, extractor_hash=extractor.weights_hash(), count=count,
-        labels=labels, uint8_rule=uint8_rule, reference=reference_name or reference.name, is_splits=splits,
+        labels=labels, uint8_rule=uint8_rule, reference=reference.name, is_splits=splits,
         reference_hash=reference.hash, reference_type=reference.kind, covariance=reference.covariance,
         extractor_resize=extractor.resize, **fields)

@@ -12,7 +12,6 @@ here there is none, as in every published distance.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torchvision.models import AlexNet_Weights, VGG16_Weights, WeightsEnum, alex
 from varzoo.core.checkpoint import load_strictly, read_weights
 from varzoo.core.errors import unknown
 from varzoo.core.keymap import Alias, Ignore, KeyMap, Rename, Rule
+from varzoo.core.weights import WeightsFile
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
@@ -162,8 +162,9 @@ def _torchvision_key_map() -> KeyMap:
 
 def _places(net: str) -> list[Path]:
     """Where a backbone is looked for, in order."""
-    folders = [Path(os.environ["VARZOO_WEIGHTS"])] if os.environ.get("VARZOO_WEIGHTS") else []
-    return [folder / BACKBONES[net].file for folder in (*folders, Path(torch.hub.get_dir()) / "checkpoints")]
+    weights = BACKBONES[net].weights
+    return WeightsFile(file=BACKBONES[net].file, sha256=None, url=weights.url, purpose="LPIPS",
+                       origin="torchvision").places()
 
 
 def _find_backbone(net: str) -> Path:
