@@ -36,7 +36,7 @@ from varzoo.eval.protocol import PROTOCOLS, EvalProtocol, agree, differences, fi
 from varzoo.eval.readers import SampleReader
 from varzoo.eval.reconstruction import CodebookUsage, PairScores
 from varzoo.eval.references import Reference
-from varzoo.eval.score import Samples, Scorer, dataset_samples, reference_statistics, score
+from varzoo.eval.score import Samples, Scorer, dataset_samples, reference_statistics
 from varzoo.eval.similarity import psnr, ssim
 from varzoo.eval.video import VideoFeatures
 from varzoo.eval.writers import NpzFile, PNGFolder
@@ -97,23 +97,26 @@ class Shallow(InceptionFeatures):
 
 
 def test_scores_equal_torch_fidelitys_on_the_same_network_and_images(inception_file: Path) -> None:
-    images, references = smooth_images(12, 0), smooth_images(13, 1)
+    images, references = smooth_images(8, 0), smooth_images(9, 1)
     layers = {f"feature_layer_{metric}": "192" for metric in ("fid", "kid", "prc")}
     expected = torch_fidelity.calculate_metrics(
         input1=Rows(images), input2=Rows(references), isc=True, fid=True, kid=True, prc=True, cuda=False, verbose=False,
         cache=False, feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_file),
-        isc_splits=3, kid_subsets=3, kid_subset_size=10, prc_batch_size=7, batch_size=8, **layers)
+        isc_splits=3, kid_subsets=3, kid_subset_size=7, prc_batch_size=7, batch_size=8, **layers)
     extractor = Shallow(weights=inception_file)
-    bank = FeatureBank(dim=192, count=13)
+    bank = FeatureBank(dim=192, count=9)
     reference = reference_statistics([Samples(references)], extractor=extractor, bank=bank)
-    own = score([Samples(images[:5]), Samples(images[5:])], count=12, reference=reference, extractor=extractor,
-                metrics=("fd", "inception_score", "precision_recall", "kid"), splits=3, kid_subsets=3, kid_size=10)
+    scorer = Scorer(extractor=extractor, count=8, splits=3, kid_subsets=3, kid_size=7,
+                    metrics=("fd", "inception_score", "precision_recall", "kid"))
+    for part in images.split(5):
+        scorer.update(Samples(part))
+    own = scorer.scores(reference)
     assert own.fd == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
     assert own.inception_score == pytest.approx(expected["inception_score_mean"], rel=1e-6)
     assert own.inception_score_std == pytest.approx(expected["inception_score_std"], rel=1e-5)
     assert own.kid == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)  # float32 kernels there
-    features = [extractor(rows)["features"].double() for rows in (images, references)]
-    exact = kid_features_to_metric(*features, kid_subsets=3, kid_subset_size=10, verbose=False)
+    features = (bank.features.double() for bank in (scorer.bank, bank))
+    exact = kid_features_to_metric(*features, kid_subsets=3, kid_subset_size=7, verbose=False)
     assert own.kid == pytest.approx(exact["kernel_inception_distance_mean"], rel=1e-6)
     # torch-fidelity's first input takes the place of the samples
     assert (own.precision, own.recall) == (pytest.approx(expected["precision"]), pytest.approx(expected["recall"]))

@@ -77,19 +77,11 @@ def score_files(options: Options, processes: Processes, asked: EvalProtocol | No
     begun = time.perf_counter()
     reader = SampleReader(path=options["samples"], labels=read_labels(options["labels"]),
                           batch_size=options.whole("batch_size"))
-    manifest = reader.manifest
-    count = manifest.get("count", len(reader))  # a run that stopped early is refused, not scored as if it were whole
     extractor = make_extractor(options, asked).to(processes.device)
-    metrics, splits = chosen_metrics(options, asked, extractor), options.whole("splits")
-    formula = asked.is_formula if asked else "shuffled"
-    draft = EvalProtocol(
-        metric=extractor.metric, extractor=extractor.name, extractor_hash=extractor.weights_hash(), count=count,
-        labels=stated(options, "label_scheme", manifest), uint8_rule=stated(options, "uint8_rule", manifest),
-        reference="", reference_hash="", resize=manifest.get("resize", "none"), image_size=reader.image_size,
-        extractor_resize=extractor.resize, covariance=asked.covariance if asked else "unbiased",
-        is_splits=-(-count // 5000) if formula == "consecutive" else splits, is_formula=formula, frames=reader.frames,
-        manifold=manifold_of(metrics, asked))
-    # `features` of both sides lie in the pass's folder
+    metrics = chosen_metrics(options, asked, extractor)
+    draft = draft_protocol(options, reader, extractor, asked, metrics)
+    count = draft.count
+    # features of both sides lie in the pass's folder
     pass_ = Pass(folder=options["state"], identity=f"{reader.path} {draft.hash} {reader.batch_size} {sorted(metrics)}",
                  processes=processes)
     source = find_reference(options, processes, pass_.folder)
@@ -102,7 +94,8 @@ def score_files(options: Options, processes: Processes, asked: EvalProtocol | No
     pair_scores, originals = make_pairs(options, metrics, count)
     reference = source.get(extractor, bool(metrics & {"precision_recall", "kid"}), draft.covariance == "biased")
     scorer = Scorer(
-        extractor=extractor, count=count, splits=splits, is_formula=formula, metrics=metrics & set(METRICS),
+        extractor=extractor, count=count, splits=draft.is_splits, is_formula=draft.is_formula,
+        metrics=metrics & set(METRICS),
         biased=draft.covariance == "biased", half="float16" in draft.manifold,
         features=pass_.folder / f"features_{processes.rank}.npy", kid_subsets=options.whole("kid_subsets"),
         kid_size=options.whole("kid_size"))
@@ -126,12 +119,31 @@ def score_files(options: Options, processes: Processes, asked: EvalProtocol | No
     values |= {} if pair_scores is None else pair_scores.result()
     protocol = replace(draft, reference_hash=reference.hash)
     row = result_row(protocol, values, seconds=time.perf_counter() - begun,
-                     run={"samples": str(reader.path), **manifest, **about})
+                     run={"samples": str(reader.path), **reader.manifest, **about})
     if processes.first:
         append_row(options["results"], row)
         print(f"{described(protocol, values)}\n{protocol}\nrow appended to {options['results']}")
     pass_.finish()
     return row
+
+
+def draft_protocol(options: Options, reader: SampleReader, extractor: FeatureExtractor, asked: EvalProtocol | None,
+                   metrics: set[str]) -> EvalProtocol:
+    """The measurement's protocol, but for its reference."""
+    manifest, formula = reader.manifest, asked.is_formula if asked else "shuffled"
+    count = manifest.get("count", len(reader))  # a run that stopped early is refused, not scored as if it were whole
+    return EvalProtocol(
+        metric=extractor.metric, extractor=extractor.name, extractor_hash=extractor.weights_hash(), count=count,
+        labels=stated(options, "label_scheme", manifest), uint8_rule=stated(options, "uint8_rule", manifest),
+        reference="", reference_hash="", resize=manifest.get("resize", "none"), image_size=reader.image_size,
+        extractor_resize=extractor.resize, covariance=asked.covariance if asked else "unbiased",
+        is_splits=splits_of(formula, count, options.whole("splits")), is_formula=formula, frames=reader.frames,
+        manifold=manifold_of(metrics, asked))
+
+
+def splits_of(formula: str, count: int, splits: int) -> int:
+    """Splits of the inception score: ADM's are of 5000 samples each."""
+    return -(-count // 5000) if formula == "consecutive" else splits
 
 
 def chosen_metrics(options: Options, asked: EvalProtocol | None, extractor: FeatureExtractor) -> set[str]:

@@ -3,46 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varzoo.cli.leaderboard_page import page
+from varzoo.cli.leaderboard_page import Entry, page
 from varzoo.cli.options import Options
 from varzoo.cli.rows import METRICS, Row, load_row, row_names, verdicts
 from varzoo.core.checkpoint import atomic_path
 from varzoo.eval.protocol import read_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One line of the leaderboard.
-
-    Attributes:
-        family, title, parameters, tokenizer, steps: what was measured.
-        protocol: its name; protocol_fields: all of it, as text.
-        published, measured: values by metric of `METRICS`.
-        metric: what the Fréchet distance is called.
-        verdict: of the comparison, empty where there is none.
-        command: how to get the row.
-        source: of the published values.
-        grid: a picture of samples as PNG, None where there is none.
-    """
-
-    family: str
-    title: str
-    parameters: str
-    tokenizer: str
-    steps: str
-    protocol: str
-    protocol_fields: str
-    published: dict[str, float]
-    measured: dict[str, float]
-    metric: str
-    verdict: str
-    command: str
-    source: str
-    grid: bytes | None = None
 
 
 def render(options: Options) -> Path:

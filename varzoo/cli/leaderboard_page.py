@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
 
 from varzoo.cli.rows import METRICS
-
-if TYPE_CHECKING:
-    from varzoo.cli.leaderboard import Entry
 
 # key, heading, whether it sorts as a number
 COLUMNS = (("title", "model", False), ("family", "family", False), ("parameters", "parameters", True),
@@ -91,6 +88,37 @@ family.addEventListener("change", () => set("family", family.value));
 text.addEventListener("input", () => set("text", text.value));
 apply();
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the leaderboard.
+
+    Attributes:
+        family, title, parameters, tokenizer, steps: what was measured.
+        protocol: its name; protocol_fields: all of it, as text.
+        published, measured: values by metric of `METRICS`.
+        metric: what the Fréchet distance is called.
+        verdict: of the comparison, empty where there is none.
+        command: how to get the row.
+        source: of the published values.
+        grid: a picture of samples as PNG, None where there is none.
+    """
+
+    family: str
+    title: str
+    parameters: str
+    tokenizer: str
+    steps: str
+    protocol: str
+    protocol_fields: str
+    published: dict[str, float]
+    measured: dict[str, float]
+    metric: str
+    verdict: str
+    command: str
+    source: str
+    grid: bytes | None = None
 
 
 def page(entries: Sequence[Entry]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from varzoo.cli.evaluate import score_files
+from varzoo.cli.evaluate import score_files, splits_of
 from varzoo.cli.measuring import find_reference, make_extractor
 from varzoo.cli.options import Options
 from varzoo.cli.processes import Processes
@@ -44,7 +44,7 @@ def reproduce(options: Options, processes: Processes) -> dict[str, Any]:
         row.asked, metric=extractor.metric, extractor=extractor.name, extractor_hash=extractor.weights_hash(),
         extractor_resize=extractor.resize, count=count, labels=scheme, uint8_rule=model.tokenizer.uint8_rule,
         resize=model.resize, reference_type=source.kind,
-        is_splits=-(-count // 5000) if row.asked.is_formula == "consecutive" else 10)
+        is_splits=splits_of(row.asked.is_formula, count, row.asked.is_splits))
     agree(row.asked, planned, options.names("allow"))
     draw_row(options, processes, config, model, request, scheme)
     processes.wait()
