@@ -352,7 +352,7 @@ def test_protocol_hash_covers_every_field() -> None:
                {"uint8_rule": "truncate"}, {"reference": "x"}, {"reference_hash": "x"}, {"precision": "bf16"},
                {"is_splits": 5}, {"is_formula": "consecutive"}, {"family": "adm"}, {"departures": ("count",)},
                {"image_size": (4, 4)}, {"resize": "bicubic"}, {"extractor_resize": "tf1"}, {"reference_type": "train"},
-               {"covariance": "biased"}, {"manifold": "k=3"}, {"frames": 16}]
+               {"covariance": "biased"}, {"manifold": "k=3"}, {"frames": 16}, {"kid": "9 x 9"}, {"pairs": "x"}]
     assert len({protocol(**change).hash for change in [{}, *changes]}) == len(changes) + 1
     assert set().union(*changes) == set(EvalProtocol.__dataclass_fields__)
 

@@ -261,6 +261,7 @@ def test_departures_are_refused_unless_asked_for_by_name() -> None:
     with pytest.raises(ValueError, match="unknown protocol field to depart from 'counts'"):
         agree(PROTOCOLS["adm"], measured(), ["counts"])
     assert differences(PROTOCOLS["adm"], measured(is_splits=5)) == {"is_splits": (10, 5)}
+    assert not differences(PROTOCOLS["adm"], measured(kid="100 x 1000"))  # more is no departure
 
 
 def test_weights_are_found_by_path_variable_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,9 @@ def draft_protocol(options: Options, reader: SampleReader, extractor: FeatureExt
         reference="", reference_hash="", resize=manifest.get("resize", "none"), image_size=reader.image_size,
         extractor_resize=extractor.resize, covariance=asked.covariance if asked else "unbiased",
         is_splits=splits_of(formula, count, options.whole("splits")), is_formula=formula, frames=reader.frames,
-        manifold=manifold_of(metrics, asked))
+        manifold=manifold_of(metrics, asked),
+        kid=f"{options.whole('kid_subsets')} x {options.whole('kid_size')}" if "kid" in metrics else "none",
+        pairs=f"SSIM 7 x 7 uniform, LPIPS {options['lpips']}" if "pairs" in metrics else "none")
 
 
 def splits_of(formula: str, count: int, splits: int) -> int:
@@ -162,7 +164,7 @@ def chosen_metrics(options: Options, asked: EvalProtocol | None, extractor: Feat
 def manifold_of(metrics: set[str], asked: EvalProtocol | None) -> str:
     if "precision_recall" not in metrics:
         return "none"
-    return asked.manifold if asked and asked.manifold != "none" else "k=3, float32"
+    return (asked.manifold if asked else None) or "k=3, float32"
 
 
 def stated(options: Options, name: str, manifest: dict[str, Any]) -> str:

@@ -48,6 +48,8 @@ class EvalProtocol:
         is_splits: number of splits of the inception score.
         is_formula: how samples are assigned to splits: "shuffled" (torch-fidelity) or "consecutive" (ADM).
         manifold: how precision and recall were measured, or "none".
+        kid: subsets of the kernel distance, such as "100 x 1000", or "none".
+        pairs: how pairs of reconstructions and originals were compared, or "none".
         frames: frames of a clip; 0 for images.
     """
 
@@ -69,7 +71,9 @@ class EvalProtocol:
     covariance: str = "unbiased"
     is_splits: int = 10
     is_formula: str = "shuffled"
-    manifold: str = "none"
+    manifold: str | None = "none"
+    kid: str | None = "none"
+    pairs: str | None = "none"
     frames: int = 0
 
     def __post_init__(self) -> None:
@@ -93,16 +97,19 @@ class EvalProtocol:
                 f"{self.reference} [{self.reference_type}, {self.reference_hash}], protocol {self.title} [{self.hash}]")
 
 
+_OPEN: dict[str, Any] = {  # told by a row or by the samples; and metrics that may be added to any protocol
+    "labels": None, "uint8_rule": None, "resize": None, "reference": None, "reference_hash": None, "manifold": None,
+    "kid": None, "pairs": None}
 _INCEPTION: dict[str, Any] = {
+    **_OPEN,
     "metric": "FID", "extractor": "inception", "extractor_hash": "6726825d", "extractor_resize": "tf1", "count": 50000,
-    "labels": None, "uint8_rule": None, "resize": None, "reference": None, "reference_hash": None,
     "reference_type": "train"}
 _VIDEO: dict[str, Any] = {
-    "metric": "FVD", "extractor": "i3d", "extractor_hash": None, "count": 10000, "labels": None, "uint8_rule": None,
-    "resize": None, "reference": None, "reference_hash": None, "reference_type": "clips", "frames": 16}
+    **_OPEN, "metric": "FVD", "extractor": "i3d", "extractor_hash": None, "count": 10000, "reference_type": "clips",
+    "frames": 16}
 PROTOCOLS = {protocol.family: protocol for protocol in (
     # The evaluator of openai/guided-diffusion: LlamaGen, NAR, D-AR, VAR, RAR, TiTok, DiT, PAR.
-    EvalProtocol(family="adm", is_formula="consecutive", manifold="k=3, float16", **_INCEPTION),
+    EvalProtocol(family="adm", is_formula="consecutive", **{**_INCEPTION, "manifold": "k=3, float16"}),
     # MAR's fork of torch-fidelity: MAR, xAR, Hi-MAR, TokenBridge, CSpD, DiSA.
     EvalProtocol(family="torch_fidelity", **{**_INCEPTION, "labels": "50 per label, sorted", "uint8_rule": "round"}),
     # pytorch-fid and its copies: RQ-Transformer.
