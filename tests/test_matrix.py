@@ -1,0 +1,94 @@
+"""Every compatible (tokenizer, generator, sampler) triple that the configs allow, at a debug size, end to end.
+
+The triples are read from the configs: a new smoke experiment or sampler is in the matrix by being there.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from varzoo import catalogue
+from varzoo.core.spec import require_same_tokens
+from varzoo.eval.features import ClassifierFeatures
+from varzoo.eval.score import Samples, dataset_samples, reference_statistics, score
+from varzoo.loading import build, compose_config, load, register_run
+from varzoo.samplers.base import Sampler
+from varzoo.training.run import train
+
+TRAINED = [name for name in catalogue.names("experiment", "smoke_*")
+           if catalogue.config_of("experiment", name).generator is not None]
+SMALL = {"sampler.plan.steps": 2, "sampler.draw.steps": 2}  # where a sampler has them
+
+
+def small(sampler: str, run: Path) -> list[str]:
+    """Overrides that make a sampler quick; one that drafts with a smaller generator drafts with the run itself."""
+    overrides = [f"sampler={sampler}"]
+    config = compose_config("sample", [*overrides, "model=run", "checkpoint=none"])
+    for name, value in SMALL.items():
+        section, _, key = name.removeprefix("sampler.").partition(".")
+        if config.sampler.get(section) is not None and key in config.sampler[section]:
+            overrides.append(f"{name}={value}")
+    return overrides + ([f"drafter={run}"] if "drafter" in config else [])
+
+
+@pytest.mark.parametrize("experiment", TRAINED)
+def test_triples(experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of training, its checkpoint read again, guided samples by every sampler that fits, decoded, scored."""
+    monkeypatch.chdir(tmp_path)
+    run = train(compose_config("train", [f"experiment={experiment}", "steps=2", "samples_every=0", "validate_every=2",
+                                         "checkpoint_every=2", "batch_size=8", "learning_rate=constant"]))
+    own = load(run)
+    register_run(run)
+    fits, refused = ["its own"], {}
+    images = [own.sample([3, 7])[0]]
+    for name in catalogue.names("sampler"):
+        try:
+            model = load(run, overrides=small(name, run))
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        drawn, counts = model.sample([3, 7], seed=1)
+        assert drawn.dtype == torch.uint8 and drawn.shape == images[0].shape and counts.steps > 0, name
+        images.append(drawn)
+        fits.append(name)
+    assert len(fits) > 1, f"no sampler of the configs fits {experiment}: {refused}"
+    for name, reason in refused.items():
+        assert any(word in reason for word in ("hoose", "rop the option", "give ", "Draft with")), f"{name}: {reason}"
+
+    extractor = ClassifierFeatures(dataset="digits")
+    train_set = build(catalogue.config_of("experiment", experiment).data.train)
+    reference = reference_statistics(dataset_samples(train_set), extractor=extractor)
+    labels = torch.tensor([3, 7] * len(images))
+    scores = score([Samples(torch.cat(images), labels, torch.arange(len(labels)))], count=len(labels),
+                   reference=reference, extractor=extractor)
+    assert scores.fd > 0
+    print(f"{experiment}: {', '.join(fits)}")
+
+
+def test_pairs_fit_where_their_tokens_are_the_same_and_are_refused_elsewhere() -> None:
+    tokenizers = {name: catalogue.spec_of("tokenizer", name) for name in catalogue.names("tokenizer", "*_[ft]*")}
+    generators = {name: catalogue.spec_of("generator", name) for name in catalogue.names("generator", "*_tiny")}
+    fitting = 0
+    for (_, ours), (_, theirs) in product(tokenizers.items(), generators.items()):
+        if ours == theirs:
+            require_same_tokens(ours, theirs)
+            fitting += 1
+        else:
+            with pytest.raises(ValueError, match="the tokenizer makes .*the generator expects .*Choose a tokenizer"):
+                require_same_tokens(ours, theirs)
+    assert fitting >= 10
+
+
+def test_every_sampler_needs_what_some_generator_offers() -> None:
+    classes = {catalogue.config_of("sampler", name)["_target_"] for name in catalogue.names("sampler")}
+    offers = frozenset().union(*(catalogue.on_meta("generator", name).offers
+                                 for name in catalogue.names("generator", "*_tiny")))
+    for target in classes:
+        from hydra.utils import get_class
+
+        kind: type[Sampler] = get_class(target)
+        assert kind.needs <= offers, target
