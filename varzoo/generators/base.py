@@ -14,7 +14,7 @@ once and train or eval mode never selects another computation (dropout aside). A
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -63,6 +63,12 @@ class Condition:
     @classmethod
     def nothing(cls, size: int) -> Condition:
         return cls(size=size)
+
+    def rows(self, rows: Sequence[int]) -> Condition:
+        """The condition of some of the samples."""
+        take = lambda tensor: None if tensor is None else tensor[list(rows)]  # noqa: E731
+        return Condition(size=len(rows), labels=take(self.labels), features=take(self.features), mask=take(self.mask),
+                         ids=take(self.ids))
 
     def to(self, device: torch.device | str) -> Condition:
         move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731

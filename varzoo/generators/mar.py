@@ -91,6 +91,7 @@ class MAR(MaskedDiffusion):
     """
 
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": DiffusionPrediction}
+    offers: ClassVar[frozenset[str]] = frozenset({"densities"})
 
     def __init__(self, *, spec: TokenSpec, num_classes: int, encoder_width: int, encoder_depth: int,
                  encoder_heads: int, decoder_width: int, decoder_depth: int, decoder_heads: int, mlp_ratio: float,

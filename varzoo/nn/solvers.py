@@ -25,11 +25,26 @@ Noise = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Density:
+    """The diagonal Gaussian of a solver's last step, and the spread of those before it.
+
+    Attributes:
+        mean, std: `[..., C]` of the last step; the std includes the temperature.
+        log_std_sum: `[..., C]` sum over the steps before of the logarithm of their std, without the temperature.
+    """
+
+    mean: Tensor
+    std: Tensor
+    log_std_sum: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Solved:
-    """Where a solver arrived, and how often it evaluated the network."""
+    """Where a solver arrived, how often it evaluated the network and, where it draws noise, from which Gaussian."""
 
     sample: Tensor
     evaluations: int
+    density: Density | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +76,14 @@ class Solver(ABC):
 
     Attributes:
         guides: whether it takes a guided epsilon.
+        has_density: whether it says from which Gaussian a sample is, at temperatures above 0.
     """
 
     clip: int | None = None
     strided: bool = False
 
     guides: ClassVar[bool] = True
+    has_density: ClassVar[bool] = False
 
     def respaced(self, process: Diffusion, steps: int | str) -> Diffusion:
         """The process at this solver's times."""
@@ -101,23 +118,30 @@ class DDPM(Solver):
     """Ancestral sampling (arXiv 2006.11239), x_0 not clipped.
 
     The variance is the network's, of learned range (arXiv 2102.09672), or the process's fixed one where none was
-    learned. The temperature scales the step noises only, as in MAR; the last step adds none.
+    learned. The temperature scales the step noises only, as in MAR; the last step adds none, so that the sample is the
+    mean of its density.
     """
+
+    has_density: ClassVar[bool] = True
 
     def solve(self, network_at: NetworkAt, process: Diffusion, initial: Tensor, noise: Noise, *, steps: int | str,
               temperature: float, known: Known | None = None) -> Solved:
         process = self.respaced(process, steps)
         estimate, sample = network_at(_descending(process, initial)), initial
+        log_std_sum = torch.zeros_like(initial)
         for k, index in enumerate(reversed(range(len(process)))):
             sample = _imposed(sample, known, process, index, initial)
             epsilon, v = estimate(sample, k)
-            mean = process.posterior_mean(process.predict_clean(sample, index, epsilon), sample, index)
-            sample = mean
-            if index > 0 and temperature > 0:
-                deviation = (math.exp(process.fixed_log_variance[index] / 2) if v is None
-                             else torch.exp(process.learned_log_variance(v, index) / 2))
-                sample = mean + temperature * deviation * noise(k)
-        return Solved(sample=sample, evaluations=len(process))
+            sample = process.posterior_mean(process.predict_clean(sample, index, epsilon), sample, index)
+            if temperature > 0:
+                log_std = (torch.full_like(sample, process.fixed_log_variance[index] / 2) if v is None
+                           else process.learned_log_variance(v, index) / 2)
+                if index > 0:
+                    sample = sample + temperature * log_std.exp() * noise(k)
+                    log_std_sum = log_std_sum + log_std
+        density = (Density(mean=sample, std=temperature * log_std.exp(), log_std_sum=log_std_sum) if temperature > 0
+                   else None)
+        return Solved(sample=sample, evaluations=len(process), density=density)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,18 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from varzoo.core.draws import AnyDraws
+from varzoo.nn.solvers import Density
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """Tokens drawn from a prediction: `[B, n]` ids or `[B, n, C]` values, and the head evaluations that took."""
+    """Tokens drawn from a prediction: `[B, n]` ids or `[B, n, C]` values, the head evaluations that took and, where
+    the solver has one, the density `[B, n, C]` that they were drawn from.
+    """
 
     tokens: Tensor
     evaluations: int = 0
+    density: Density | None = None
 
 
 class Prediction(ABC):

@@ -48,7 +48,7 @@ class DiffusionPrediction(Prediction):
 
     def draw(self, draws: AnyDraws, *, steps: int | str = 100, solver: Solver = DEFAULT_SOLVER,
              temperature: float = 1.0) -> Drawn:
-        """Denoise every position.
+        """Denoise every position; a density is that of the conditional branch's variance and the guided mean.
 
         Args:
             draws: one row per sample.
@@ -57,7 +57,7 @@ class DiffusionPrediction(Prediction):
             temperature: scale of the noise that steps add, not of the initial noise.
         """
         solved = self._solve(draws, self.positions, steps=steps, solver=solver, temperature=temperature)
-        return Drawn(tokens=solved.sample, evaluations=solved.evaluations)
+        return Drawn(tokens=solved.sample, evaluations=solved.evaluations, density=solved.density)
 
     def _solve(self, draws: AnyDraws, at: Tensor, *, steps: int | str, solver: Solver, temperature: float,
                known: Known | None = None, **keys: int) -> Solved:
