@@ -50,7 +50,8 @@ def rejection_resample(case: Case) -> dict[str, Any]:
     accepted = ratio > inputs["u_accept"]
     one = [Density(mean=density.mean[None], std=density.std[None], log_std_sum=density.log_std_sum[None])
            for density in (draft, target)]
-    drawn = acceptance.replacements(*one, ~accepted[None], lambda k: (inputs["eps"][k][None], inputs["u_reject"][k][None]))
+    drawn = acceptance.replacements(*one, ~accepted[None],
+                                    lambda k: (inputs["eps"][k][None], inputs["u_reject"][k][None]))
     return {"ratio": ratio, "accepted": accepted, "resampled": drawn.tokens[0], "tries": drawn.rounds,
             "result": torch.where(accepted[:, None], inputs["x"], drawn.tokens[0])}
 
@@ -108,7 +109,8 @@ def prefill_schedule(case: Case) -> dict[str, Any]:
 
 def loaded(case: Case, name: str) -> MAR:
     model = build_mar(case.config[name] | {"class_num": 1000, "norm_layer": f"eps={case.config['norm_eps']}"})
-    state = {key.removeprefix(f"{name}."): value for key, value in case.state_dict.items() if key.startswith(f"{name}.")}
+    prefix = f"{name}."
+    state = {key.removeprefix(prefix): value for key, value in case.state_dict.items() if key.startswith(prefix)}
     load_strictly(model, model.key_maps()["mar"].to_ours(state), "the case")
     return model.eval()
 

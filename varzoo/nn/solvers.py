@@ -7,7 +7,6 @@ evaluation; k = 0 is the noisiest one, and v is None where the network learned n
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -2,6 +2,8 @@
 
 from varzoo.samplers.autoregressive import Autoregressive
 from varzoo.samplers.base import Counts, Progress, Sampled, Sampler
+from varzoo.samplers.continuous import ContinuousSpeculative, PrefixSpeculative
 from varzoo.samplers.speculative import Speculative
 
-__all__ = ["Autoregressive", "Counts", "Progress", "Sampled", "Sampler", "Speculative"]
+__all__ = ["Autoregressive", "ContinuousSpeculative", "Counts", "PrefixSpeculative", "Progress", "Sampled", "Sampler",
+           "Speculative"]

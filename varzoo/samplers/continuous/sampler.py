@@ -185,7 +185,7 @@ class MaskedSpeculative(Sampler):
         self.draft, self.length, self.prefill, self.acceptance = draft.eval(), length, prefill, acceptance
         self.guidance, self.plan, self.draw = guidance, plan, dict(draw or {})
         solver, temperature = self.draw.get("solver"), self.draw.get("temperature", 1.0)
-        if solver is not None and not solver.has_density or temperature == 0:
+        if (solver is not None and not solver.has_density) or temperature == 0:
             what = "at temperature 0" if temperature == 0 else f"drawn by {type(solver).__name__}"
             raise ValueError(f"a token {what} has no density to judge a draft by: choose the solver DDPM and a "
                              "temperature above 0.")
@@ -198,12 +198,14 @@ class MaskedSpeculative(Sampler):
         super().check(generator)
         super().check(self.draft)
         check_options(self.draw, generator)
-        for name, of in (("tokens are", lambda model: model.spec), ("classes are", lambda model: model.num_classes),
-                         ("noise schedule is", lambda model: model.process.betas.tolist())):
-            if of(self.draft) != of(generator):
-                values = "" if "noise" in name else f" {of(self.draft)}, the target's {of(generator)}"
-                raise ValueError(f"the draft's {name}{values or ' not the target'}: draft with a generator trained "
-                                 "on the same tokenizer, classes and noise schedule.")
+        betas = self.draft.process.betas, generator.process.betas
+        for what, ours, theirs in (("tokens", self.draft.spec, generator.spec),
+                                   ("number of classes", self.draft.num_classes, generator.num_classes),
+                                   ("noise schedule", *(tuple(schedule) for schedule in betas))):
+            if ours != theirs:
+                values = f": {ours} and {theirs}" if what != "noise schedule" else ""
+                raise ValueError(f"draft and target differ in {what}{values}. Draft with a generator trained on the "
+                                 "same tokenizer, classes and noise schedule.")
 
     @abstractmethod
     def run(self, speculation: Speculation, callback: Callback | None) -> None:
@@ -246,8 +248,8 @@ class ContinuousSpeculative(MaskedSpeculative):
 class PrefixSpeculative(MaskedSpeculative):
     """As the paper: drafts are verified in order, and those after a step with a rejected token are drafted anew.
 
-    Images are drawn one by one, since each has a place of its own in the plan. The paper's parallel calls of the target,
-    one per prefix, run one after another here: this order is offered to compare results, not for speed.
+    Images are drawn one by one, since each has a place of its own in the plan. The paper's parallel target calls, one
+    per prefix, run one after another here: this order is offered to compare results, not for speed.
     """
 
     def _drawn(self, generator: Generator, condition: Condition, draws: AnyDraws,
