@@ -41,7 +41,7 @@ class Counts:
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens per verification, the one that is drawn after the accepted ones included; nan without any."""
+        """Tokens per verification where one more is drawn after the accepted ones (`Speculative`); nan without any."""
         return 1 + self.accepted / self.verifications if self.verifications else float("nan")
 
 
