@@ -81,7 +81,7 @@ def test_pairs_fit_where_their_tokens_are_the_same_and_are_refused_elsewhere() -
             require_same_tokens(ours, theirs)
             fitting += 1
         else:
-            with pytest.raises(ValueError, match="the tokenizer makes .*the generator expects .*Choose a tokenizer"):
+            with pytest.raises(ValueError, match=r"the tokenizer makes .*the generator expects .*Choose a tokenizer"):
                 require_same_tokens(ours, theirs)
     assert fitting >= 10
 
