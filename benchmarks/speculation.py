@@ -1,6 +1,6 @@
 """Speculative samplers of a trained generator of digits: what is accepted, how fast, how good.
 
-    python benchmarks/speculation.py RUN --drafter RUN [--smaller RUN] [--scale 2] [--seeds 0 1 2] [--per-class 30]
+    python benchmarks/speculation.py RUN [--drafter RUN] [--smaller RUN] [--scale 2] [--seeds 0 1 2] [--per-class 30]
 
 Prints a row per sampler and policy: acceptance rate, mean accepted length and target calls (rounds) per image, seconds
 of plain decoding over seconds of this sampler at batch 1 and 8 (medians, measured in turn in this process), and
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -43,13 +44,27 @@ from varzoo.samplers.speculative import (
 SMALL = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 0, 0, 0]]  # 8 nodes: what a CPU verifies at little more cost
 
 
-def samplers(scale: float, drafter: Drafter, smaller: Smaller | None, neighbours: Path) -> dict[str, Sampler]:
-    """Everything that is compared, by the name of its row."""
-    guidance, eagle = Constant(scale), Eagle(drafter=drafter)
+def samplers(scale: float, drafter: Drafter | None, smaller: Smaller | None, neighbours: Path) -> dict[str, Sampler]:
+    """Everything that is compared, by the name of its row; rows of a draft model that is not given are left out."""
+    guidance = Constant(scale)
 
     def with_(draft: ModelDraft | Jacobi, policy: object) -> Speculative:
         return Speculative(draft=draft, policy=policy, guidance=guidance, neighbours=neighbours)
 
+    rows: dict[str, Sampler] = {"plain": Autoregressive(guidance=guidance)}
+    if drafter is not None:
+        rows |= by_drafter(Eagle(drafter=drafter), with_)
+    if smaller is not None:
+        rows["smaller, a chain of 4, exact"] = with_(ModelDraft(model=smaller, shape=Sequences(length=4)), Exact())
+        rows["smaller, SpecTr 4 x 4"] = with_(ModelDraft(model=smaller, shape=Sequences(length=4, count=4)),
+                                              KSequential())
+    rows["SJD, window 16"] = with_(Jacobi(window=16, fill="repeat"), Exact())
+    rows["SJD, window 8"] = with_(Jacobi(window=8, fill="repeat"), Exact())
+    rows["GSD, window 16"] = with_(Jacobi(window=16, fill="repeat"), Grouped())
+    return rows
+
+
+def by_drafter(eagle: Eagle, with_: Callable[[ModelDraft, object], Speculative]) -> dict[str, Sampler]:
     def static() -> ModelDraft:
         return ModelDraft(model=eagle, shape=StaticTree(paths="naive_extend_57"))
 
@@ -57,7 +72,6 @@ def samplers(scale: float, drafter: Drafter, smaller: Smaller | None, neighbours
         return ModelDraft(model=eagle, shape=DynamicTree(top_k=10, depth=4, total=59))
 
     rows: dict[str, Sampler] = {
-        "plain": Autoregressive(guidance=guidance),
         "EAGLE-1, exact": with_(static(), Exact()),
         "EAGLE-1, 8 nodes, exact": with_(ModelDraft(model=eagle, shape=StaticTree(paths=SMALL)), Exact()),
         "EAGLE, a chain of 5, exact": with_(ModelDraft(model=eagle, shape=Sequences(length=5)), Exact()),
@@ -69,13 +83,6 @@ def samplers(scale: float, drafter: Drafter, smaller: Smaller | None, neighbours
     for factor, k in ((5.0, 10), (20.0, 5)):
         rows[f"LANTERN++, factor {factor:g}, k {k}"] = with_(
             static(), Lantern(bound=Multiplicative(factor=factor), k=k, rule="static"))
-    if smaller is not None:
-        rows["smaller, a chain of 4, exact"] = with_(ModelDraft(model=smaller, shape=Sequences(length=4)), Exact())
-        rows["smaller, SpecTr 4 x 4"] = with_(ModelDraft(model=smaller, shape=Sequences(length=4, count=4)),
-                                              KSequential())
-    rows["SJD, window 16"] = with_(Jacobi(window=16, fill="repeat"), Exact())
-    rows["SJD, window 8"] = with_(Jacobi(window=8, fill="repeat"), Exact())
-    rows["GSD, window 16"] = with_(Jacobi(window=16, fill="repeat"), Grouped())
     return rows
 
 
@@ -87,7 +94,7 @@ def seconds(model: Model, batch: int, seed: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--drafter", type=Path, required=True)
+    parser.add_argument("--drafter", type=Path)
     parser.add_argument("--smaller", type=Path)
     parser.add_argument("--scale", type=float, default=2.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -97,7 +104,7 @@ def main() -> None:
     parser.add_argument("--neighbours", type=Path, default=None)
     options = parser.parse_args()
     plain = load(options.run)
-    drafter = load_generator(options.drafter)
+    drafter = None if options.drafter is None else load_generator(options.drafter)
     smaller = None if options.smaller is None else Smaller(generator=load_generator(options.smaller))
     rows = {name: Model(tokenizer=plain.tokenizer, generator=plain.generator, sampler=sampler)
             for name, sampler in samplers(options.scale, drafter, smaller, options.neighbours).items()
