@@ -17,9 +17,10 @@ from varzoo.core.draws import Draws
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Constant, Ramp, Schedule, Step
 from varzoo.generators.base import Batch, Condition
-from varzoo.generators.causal import CausalGenerator, LlamaGenerator
+from varzoo.generators.causal import CausalGenerator
 from varzoo.generators.conditioners import ClassPrefix, TextPrefix
 from varzoo.generators.dar import DAR
+from varzoo.generators.llama import LlamaGenerator
 from varzoo.generators.llamagen import LlamaGen
 from varzoo.generators.nar import NAR
 from varzoo.generators.orders import Order

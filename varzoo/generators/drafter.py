@@ -27,7 +27,7 @@ from varzoo.core.losses import Losses, weighted_mean
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule
 from varzoo.generators.base import Batch, Condition, Generator
-from varzoo.generators.causal import LlamaGenerator
+from varzoo.generators.llama import LlamaGenerator
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.llama import Block, Sight, huggingface_rules
 from varzoo.predictions.base import Prediction

@@ -24,8 +24,9 @@ from varzoo.core.losses import Losses, weigh
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Batch, Condition, Decoding, Generator
-from varzoo.generators.causal import LLAMA_RULES, LlamaGenerator, guide, initialise
+from varzoo.generators.causal import guide
 from varzoo.generators.conditioners import ClassPrefix
+from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator, initialise
 from varzoo.generators.masked import MaskPlan, require_plan
 from varzoo.generators.orders import Order
 from varzoo.nn.llama import LlamaStack, Sight

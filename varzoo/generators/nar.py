@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from varzoo.core.keymap import KeyMap, Rename
 from varzoo.core.spec import TokenSpec
-from varzoo.generators.causal import LLAMA_RULES, LlamaGenerator, initialise
 from varzoo.generators.conditioners import Conditioner
+from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator, initialise
 from varzoo.generators.orders import Order
 from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.rotary import axial_table, zero_rows

@@ -23,8 +23,9 @@ from varzoo.core.keymap import Ignore, KeyMap, Rename
 from varzoo.core.losses import Losses, weigh
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Batch, Condition
-from varzoo.generators.causal import CausalGenerator, cross_entropy, initialise
+from varzoo.generators.causal import CausalGenerator, cross_entropy
 from varzoo.generators.conditioners import CaptionPrefix, Conditioner
+from varzoo.generators.llama import initialise
 from varzoo.generators.orders import Order, Turn
 from varzoo.nn.code_tables import code_tables, look_up, require_tables
 from varzoo.nn.gpt import GPTStack, gpt_rules
