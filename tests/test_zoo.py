@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,12 @@ import torch
 from varzoo.core.errors import unknown
 from varzoo.core.spec import require_same_tokens
 from varzoo.hub import PUBLISHED, fetch
-from varzoo.loading import build, compose_config, list_models, load
+from varzoo.loading import build, compose_config, list_configs, list_models, load
 
 UNPUBLISHED = ("resgen",)  # neither code nor weights, so no official layout
 
 
-def names(group: str) -> list[str]:
-    files = (resources.files("varzoo.configs") / group).iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files
-                  if file.name.endswith(".yaml") and not file.name.startswith("_"))
+names = list_configs
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -6,7 +6,6 @@ Nothing here holds weights: networks are built on the meta device, files are rea
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +25,7 @@ from varzoo.core.errors import unknown
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Generator
 from varzoo.hub import PUBLISHED, Published
-from varzoo.loading import build, compose_config, load_weights
+from varzoo.loading import build, compose_config, list_configs, load_weights
 from varzoo.tokenizers.base import Tokenizer
 
 KINDS = ("model", "tokenizer", "generator", "sampler", "experiment")
@@ -37,9 +36,7 @@ def names(kind: str, pattern: str = "*") -> list[str]:
     """Names of one kind ("model", "tokenizer", "generator", "sampler", "experiment") that a shell pattern matches."""
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
-    files = (file.name for file in (resources.files("varzoo.configs") / kind).iterdir())
-    found = sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml") and not name.startswith("_"))
-    return fnmatch.filter(found, pattern)
+    return list_configs(kind, pattern)
 
 
 def kind_of(name: str) -> str:

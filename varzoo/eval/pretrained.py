@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 
 import timm
@@ -38,8 +39,9 @@ class PretrainedFeatures(FeatureExtractor):
         self.register_buffer("std", torch.tensor(STD)[:, None, None], persistent=False)
         self.eval().requires_grad_(False)
 
+    @abstractmethod
     def build(self, state: dict[str, Tensor], source: str) -> torch.nn.Module:
-        raise NotImplementedError
+        """The network with the weights of a file, `source`. Raises ValueError unless they fit."""
 
     def normalised(self, images: Tensor) -> Tensor:
         resized = F.interpolate(images.float() / 255, size=(224, 224), mode="bicubic", antialias=True)
