@@ -28,6 +28,7 @@ from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule
 from varzoo.generators.base import Batch, Condition, Generator
 from varzoo.generators.llama import LlamaGenerator
+from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.llama import Block, Sight, huggingface_rules
 from varzoo.predictions.base import Prediction
@@ -66,7 +67,7 @@ class Drafter(Generator):
         self.spec, self.width, self.table = spec, width, table
         self.noise, self.logits_weight, self.drop = noise, logits_weight, drop
         self.embedding = nn.Embedding(spec.size, width).requires_grad_(False)
-        self.fuse = nn.Linear(2 * width, width, bias=bias)
+        self.fuse = FewRowsLinear(2 * width, width, bias=bias)
         self.blocks = nn.ModuleList(Block(width=width, heads=heads, hidden=hidden, norm_eps=norm_eps,
                                           attention_dropout=0.0, mlp_dropout=0.0) for _ in range(depth))
         self.blocks[0].attention_norm = nn.Identity()

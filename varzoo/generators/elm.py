@@ -29,6 +29,7 @@ from varzoo.generators.conditioners import ClassPrefix
 from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator, initialise
 from varzoo.generators.masked import MaskPlan, require_plan
 from varzoo.generators.orders import Order
+from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.llama import LlamaStack, Sight
 from varzoo.nn.rotary import axial_table, zero_rows
 from varzoo.predictions.base import Prediction
@@ -53,8 +54,8 @@ class ELM(LlamaGenerator):
                          rows=rows, width=width, depth=depth, heads=heads, multiple_of=multiple_of, norm_eps=norm_eps,
                          token_dropout=token_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout)
         self.embedding = nn.Embedding(spec.depth * spec.size, width)  # a table for each group
-        self.projection = nn.Linear(spec.depth * width, width, bias=False) if spec.depth > 1 else nn.Identity()
-        self.head = nn.Linear(width, spec.depth * spec.size, bias=False)
+        self.projection = FewRowsLinear(spec.depth * width, width, bias=False) if spec.depth > 1 else nn.Identity()
+        self.head = FewRowsLinear(width, spec.depth * spec.size, bias=False)
         self.apply(initialise)
         nn.init.zeros_(self.head.weight)
 

@@ -17,6 +17,7 @@ from varzoo.generators.base import Condition
 from varzoo.generators.conditioners import Conditioner
 from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator, initialise
 from varzoo.generators.orders import Order
+from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.llama import huggingface_rules
 from varzoo.nn.rotary import axial_table, zero_rows
 
@@ -33,7 +34,7 @@ class NextToken(LlamaGenerator):
         super().__init__(spec=spec, conditioner=conditioner, order=Order.raster(conditioner.length, spec.length),
                          rows=rows, width=width, depth=depth, heads=heads, multiple_of=multiple_of, norm_eps=norm_eps,
                          token_dropout=token_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout)
-        self.head = nn.Linear(width, spec.size, bias=False)
+        self.head = FewRowsLinear(width, spec.size, bias=False)
         self.apply(initialise)
         nn.init.zeros_(self.head.weight)
 

@@ -48,7 +48,7 @@ class NAR(LlamaGenerator):
             rows=torch.cat([zero_rows(conditioner.length, head_dim), axial_table(spec.shape, head_dim)]),
             width=width, depth=depth + axes - 1, heads=heads, multiple_of=multiple_of, norm_eps=norm_eps,
             token_dropout=token_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout)
-        self.heads = nn.ModuleList(FewRowsLinear(width, spec.size) for _ in range(axes))
+        self.heads = nn.ModuleList(FewRowsLinear(width, spec.size, bias=False) for _ in range(axes))
         self.apply(initialise)
         nn.init.zeros_(self.heads[0].weight)
 

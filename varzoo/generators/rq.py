@@ -28,6 +28,7 @@ from varzoo.generators.conditioners import CaptionPrefix, Conditioner
 from varzoo.generators.llama import initialise
 from varzoo.generators.orders import Order, Turn
 from varzoo.nn.code_tables import code_tables, look_up, require_tables
+from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.gpt import GPTStack, gpt_rules
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.llama import Sight
@@ -86,7 +87,7 @@ class RQTransformer(CausalGenerator):
         self.body = GPTStack(width=width, depth=body_depth, heads=body_heads, dropout=dropout)
         self.head = GPTStack(width=width, depth=head_depth, heads=head_heads, dropout=dropout)
         self.classifier_norm = nn.LayerNorm(width)
-        self.classifier = (nn.Linear(width, spec.size) if shared_classifier
+        self.classifier = (FewRowsLinear(width, spec.size) if shared_classifier
                            else LevelLinear(spec.depth, width, spec.size))
         if isinstance(conditioner, CaptionPrefix):
             self.caption_norm = nn.LayerNorm(width)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from varzoo.core.keymap import Rename, Rule
 from varzoo.nn.denoiser import Denoiser
+from varzoo.nn.few_rows import FewRowsLinear
 
 
 class ResidualBlock(nn.Module):
@@ -20,8 +21,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Linear(width, 3 * width)
+        self.mlp = nn.Sequential(FewRowsLinear(width, width), nn.SiLU(), FewRowsLinear(width, width))
+        self.modulation = FewRowsLinear(width, 3 * width)
 
     def forward(self, hidden: Tensor, modulation: Tensor) -> Tensor:
         shift, scale, gate = modulation.chunk(3, dim=-1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from varzoo.core.keymap import Concat, Rename, Rule
+from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.llama import Sight
 
@@ -21,8 +22,8 @@ class GPTAttention(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} must be a multiple of the {heads} heads.")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = FewRowsLinear(width, 3 * width)
+        self.out = FewRowsLinear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, sight: Sight, cache: KVCache | None, layer: int, slots: Tensor | None) -> Tensor:
@@ -41,7 +42,7 @@ class GPTBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = GPTAttention(width=width, heads=heads, dropout=dropout)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
+        self.mlp = nn.Sequential(FewRowsLinear(width, 4 * width), nn.GELU(), FewRowsLinear(4 * width, width),
                                  nn.Dropout(dropout))
 
     def forward(self, x: Tensor, sight: Sight, cache: KVCache | None, layer: int, slots: Tensor | None) -> Tensor:

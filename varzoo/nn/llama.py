@@ -43,8 +43,8 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"width {width} must be a multiple of the {heads} heads.")
         self.heads = heads
-        self.qkv = FewRowsLinear(width, 3 * width)
-        self.out = FewRowsLinear(width, width)
+        self.qkv = FewRowsLinear(width, 3 * width, bias=False)
+        self.out = FewRowsLinear(width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, rows: Tensor, sight: Sight, cache: KVCache | None, layer: int,
@@ -64,9 +64,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, *, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.gate = FewRowsLinear(width, hidden)
-        self.up = FewRowsLinear(width, hidden)
-        self.down = FewRowsLinear(hidden, width)
+        self.gate = FewRowsLinear(width, hidden, bias=False)
+        self.up = FewRowsLinear(width, hidden, bias=False)
+        self.down = FewRowsLinear(hidden, width, bias=False)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
