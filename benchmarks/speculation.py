@@ -27,6 +27,7 @@ from varzoo.samplers import Autoregressive, Sampler
 from varzoo.samplers.speculative import (
     Additive,
     DynamicTree,
+    DySpecTree,
     Eagle,
     Exact,
     Grouped,
@@ -75,7 +76,8 @@ def by_drafter(eagle: Eagle, with_: Callable[[ModelDraft, object], Speculative])
         "EAGLE-1, exact": with_(static(), Exact()),
         "EAGLE-1, 8 nodes, exact": with_(ModelDraft(model=eagle, shape=StaticTree(paths=SMALL)), Exact()),
         "EAGLE, a chain of 5, exact": with_(ModelDraft(model=eagle, shape=Sequences(length=5)), Exact()),
-        "EAGLE-2, exact": with_(dynamic(), Exact())}
+        "EAGLE-2, exact": with_(dynamic(), Exact()),
+        "DySpec, exact": with_(ModelDraft(model=eagle, shape=DySpecTree(top_k=10, depth=4, total=59)), Exact())}
     for delta, k in ((0.05, 5), (0.2, 5), (0.4, 5)):
         for rule in ("dynamic", "paper"):
             rows[f"LANTERN, delta {delta:g}, k {k}, {rule}"] = with_(

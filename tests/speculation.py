@@ -22,6 +22,7 @@ from varzoo.generators.token_shuffle import TokenShuffle
 from varzoo.predictions.categorical import filtered
 from varzoo.samplers.speculative import (
     DynamicTree,
+    DySpecTree,
     Eagle,
     Exact,
     Jacobi,
@@ -90,14 +91,15 @@ def draft(name: str, target: CausalGenerator, smaller: CausalGenerator | None = 
         return Jacobi(window=3, fill="repeat")
     by, _, shape = name.partition("_")
     shapes = {"static": StaticTree(paths=SMALL_TREE), "dynamic": DynamicTree(top_k=2, depth=1, total=5),
-              "chain": Sequences(length=2), "iid": Sequences(length=2, count=3)}
+              "dyspec": DySpecTree(top_k=2, depth=1, total=5), "chain": Sequences(length=2),
+              "iid": Sequences(length=2, count=3)}
     model = Eagle(drafter=drafter(target)) if by == "eagle" else Smaller(generator=smaller or llamagen(
         target.spec.shape, target.spec.size, seed=5, text=target.num_classes is None))
     return ModelDraft(model=model, shape=shapes[shape])
 
 
-DRAFTS = ("eagle_static", "eagle_dynamic", "eagle_chain", "eagle_iid", "smaller_static", "smaller_dynamic",
-          "smaller_chain", "smaller_iid", "jacobi", "jacobi_repeat")
+DRAFTS = ("eagle_static", "eagle_dynamic", "eagle_dyspec", "eagle_chain", "eagle_iid", "smaller_static",
+          "smaller_dynamic", "smaller_dyspec", "smaller_chain", "smaller_iid", "jacobi", "jacobi_repeat")
 
 
 def sampler(draft: Draft, policy: Policy | None = None, *, scale: float = 1.5,

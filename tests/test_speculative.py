@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import heapq
 import shutil
 from pathlib import Path
 
@@ -31,13 +32,14 @@ from varzoo.core.draws import Draws
 from varzoo.core.steps import Constant, LinearInSteps
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.causal import CausalGenerator, Prefix
-from varzoo.generators.ragged import Ragged, RaggedDecoding
+from varzoo.generators.ragged import Outlook, Ragged, RaggedDecoding
 from varzoo.generators.trees import Tree
 from varzoo.loading import build, compose_config, equip, load, load_generator
 from varzoo.samplers import Autoregressive
 from varzoo.samplers.speculative import (
     Additive,
     DynamicTree,
+    DySpecTree,
     Eagle,
     Exact,
     Grouped,
@@ -51,10 +53,11 @@ from varzoo.samplers.speculative import (
     Speculative,
     StaticTree,
 )
+from varzoo.samplers.speculative.models import DraftState
 from varzoo.samplers.speculative.neighbours import cached_table, neighbour_table
 from varzoo.samplers.speculative.policies import Policy, Siblings
-from varzoo.samplers.speculative.proposals import POINT, WITH, WITHOUT, Proposal
-from varzoo.samplers.speculative.shapes import TREES
+from varzoo.samplers.speculative.proposals import POINT, WITH, WITHOUT, Proposal, Verdict
+from varzoo.samplers.speculative.shapes import TREES, Processing
 from varzoo.samplers.speculative.verify import verify, verify_chain, verify_tree
 from varzoo.training.run import train
 
@@ -64,7 +67,8 @@ RUNS = 100_000
 # The joint distribution over whole sequences, by a chi-square test at fixed seeds.
 
 @pytest.mark.parametrize(("drafts", "policy", "scale"), [
-    ("eagle_static", Exact(), 1.5), ("eagle_dynamic", Exact(), 1.5), ("eagle_chain", Exact(), 1.0),
+    ("eagle_static", Exact(), 1.5), ("eagle_dynamic", Exact(), 1.5), ("eagle_dyspec", Exact(), 1.5),
+    ("eagle_chain", Exact(), 1.0),
     ("smaller_iid", Exact(), 1.0), ("smaller_iid", KSequential(), 1.0), ("jacobi", Exact(), 1.5)])
 def test_lossless_policies_draw_what_the_target_says(drafts: str, policy: Policy, scale: float) -> None:
     model = llamagen((1, 3), std=0.3)
@@ -420,6 +424,69 @@ def test_trees_by_gathers() -> None:
     twins = Tree(torch.tensor([[-1, 0, 0, 1, 2]]), 2)  # 1 and 2 hold the same token, 3 and 4 follow them
     assert twins.children(torch.tensor([[9, 5, 5, 1, 2]]))[0, 1].tolist() == [3, 4]
     assert [len(TREES[name]) for name in ("mc_sim_7b_63", "naive_extend_57", "chain")] == [25, 57, 5]
+
+
+class Tabled(DraftState):
+    """A draft whose distribution depends on the level and the token before."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.level = logits, 0
+
+    def root(self) -> Tensor:
+        return self.logits[:, 0, :1, None]
+
+    def grow(self, tokens: Tensor, tree: Tree) -> Tensor:
+        self.level += 1
+        return self.logits[:, self.level].gather(1, tokens.expand(-1, -1, self.logits.shape[-1]))[:, :, None]
+
+    def follow(self, proposal: Proposal, verdict: Verdict, outlook: Outlook) -> None:
+        raise NotImplementedError
+
+
+def heap_tree(logits: Tensor, gumbel: list[Tensor], total: int) -> set[tuple[int, ...]]:
+    """DySpec's heap for one sample, node by node: the paths it grows, given all that drafting by levels may draw."""
+    width = logits.shape[-1]
+    value, children = {(): 1.0}, {}
+    followed: list[tuple[int, ...]] = [()]
+    for level, noise in enumerate(gumbel):
+        for rank, path in enumerate(followed):
+            row = logits[level, path[-1] if path else 0].softmax(-1)
+            children[path] = [(*path, token) for token in (row.log() + noise[rank]).argsort(descending=True).tolist()]
+            value.update({child: value[path] * float(row[child[-1]]) for child in children[path]})
+        drawn = [child for path in followed for child in children[path]]
+        followed = sorted(drawn, key=lambda child: -value[child])[:width]
+    heap, paths = [(-1.0, 0, ())], set()
+    while len(paths) < total - 1:
+        left, index, parent = heapq.heappop(heap)
+        child = children[parent][index]
+        paths.add(child)
+        if index + 1 < width:
+            heapq.heappush(heap, (left + value[child], index + 1, parent))
+        if child in children:
+            heapq.heappush(heap, (-value[child], 0, child))
+    return paths
+
+
+@pytest.mark.parametrize("total", [2, 4, 6])
+def test_dyspec_grows_what_its_heap_would(total: int) -> None:
+    torch.manual_seed(total)
+    logits, draws, first = 2 * torch.randn(5, 3, 4, 4), Draws(0, range(5)), torch.arange(5)
+    proposal = DySpecTree(top_k=4, depth=2, total=total).grow(
+        Tabled(logits), torch.zeros(5, 1, dtype=torch.long), first, Processing(), draws)
+    for sample in range(5):
+        own = Draws(0, [sample])
+        gumbel = [own.gumbel("draft", (1 if level == 0 else 4, 4), at=first[sample:sample + 1, None] + level)[0, 0]
+                  for level in range(3)]
+        parents, tokens = proposal.tree.parents[sample].tolist(), proposal.tokens[sample, :, 0].tolist()
+        paths: list[tuple[int, ...]] = [()]
+        for node in range(1, total):
+            paths.append((*paths[parents[node]], tokens[node]))
+        assert set(paths[1:]) == heap_tree(logits[sample], gumbel, total)
+        for node in range(1, total):  # and each knows what it was drawn from
+            level = len(paths[node]) - 1
+            expected = logits[sample, level, tokens[parents[node]] if level else 0].softmax(-1)
+            torch.testing.assert_close(
+                proposal.draft_of(torch.tensor(parents[node]).expand(5))[sample, 0], expected)
 
 
 def test_neighbours_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

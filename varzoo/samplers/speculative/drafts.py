@@ -65,7 +65,7 @@ class ModelDraft(Draft):
 
     Args:
         model: what scores nodes: `Eagle` or `Smaller`.
-        shape: what grows: `StaticTree`, `DynamicTree` or `Sequences`.
+        shape: what grows: `StaticTree`, `DynamicTree`, `DySpecTree` or `Sequences`.
     """
 
     def __init__(self, *, model: DraftModel, shape: Shape) -> None:

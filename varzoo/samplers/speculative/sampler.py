@@ -54,8 +54,8 @@ class Speculative(Sampler):
         if draft.kind not in policy.kinds:
             fitting = ", ".join(sorted(KINDS[kind] for kind in policy.kinds))
             raise ValueError(f"{type(policy).__name__} verifies drafts that are {fitting}; those of this draft are "
-                             f"{KINDS[draft.kind]}. Choose another shape (Sequences, StaticTree, DynamicTree) or "
-                             "policy (Exact takes all).")
+                             f"{KINDS[draft.kind]}. Choose another shape (Sequences, StaticTree, DynamicTree, "
+                             "DySpecTree) or policy (Exact takes all).")
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:

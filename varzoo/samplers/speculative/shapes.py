@@ -35,6 +35,9 @@ class Processing:
         return self.logits(logits).softmax(dim=-1)
 
 
+IMPOSSIBLE = -1e4  # the logarithm of a probability of 0, finite so that sums keep their order
+
+
 class Shape(ABC):
     """Base of all ways to grow.
 
@@ -170,6 +173,19 @@ class StaticTree(Shape):
                         fed=plan.number)
 
 
+@dataclass(frozen=True, eq=False)
+class Children:
+    """Scored children `[B, parents, k]` of the nodes of a level, each node's in the order in which they are tested.
+
+    Logarithms: `place` says how much a child deserves to be verified, `follow` how much to have children itself. No
+    child has a better `place` than its parent or than a child of the same node before it: what is chosen is a tree.
+    """
+
+    ids: Tensor
+    place: Tensor
+    follow: Tensor
+
+
 class DynamicTree(Shape):
     """EAGLE-2's tree: the likeliest paths by the draft's own probabilities (arXiv 2406.16858).
 
@@ -189,41 +205,73 @@ class DynamicTree(Shape):
         self.top_k, self.depth, self.total, self.children = top_k, depth, total, top_k
         self.nodes, self.levels, self.fed = total, depth + 1, 1 + depth * top_k
 
+    def propose(self, scores: Tensor, logits: Tensor, gumbel: Tensor | None) -> Children:
+        """Children of nodes `[B, m]` of given `follow` scores, by logits `[B, m, V]`."""
+        likely, ids = _likeliest(logits.log_softmax(dim=-1), self.top_k)
+        likely = scores[..., None] + likely.clamp(min=IMPOSSIBLE)
+        return Children(ids=ids, place=likely, follow=likely)
+
     def grow(self, state: DraftState, pending: Tensor, first: Tensor, processing: Processing,
              draws: AnyDraws) -> Proposal:
-        batch, k = len(pending), self.top_k
-        scores, frontier = _likeliest(processing.logits(state.root())[:, 0, 0].log_softmax(dim=-1), k)
-        samples = torch.arange(batch, device=pending.device)[:, None]
-        # The pool: score, token and parent (by its number in the pool; -1: node 0) of all that was scored.
-        pool = [(scores, frontier, torch.full_like(frontier, -1))]
-        numbers = torch.arange(k, device=pending.device).expand(batch, -1)  # of the frontier, in the pool
-        hung = torch.zeros_like(numbers)  # the frontier's parents, by number among nodes fed
-        fed = [(torch.full_like(numbers[:, :1], -1), torch.full_like(numbers[:, :1], -1))]
-        for level in range(self.depth):
-            fed.append((numbers, hung))
-            tree = Tree(torch.cat([parents for _, parents in fed], dim=1), level + 1)
-            logits = processing.logits(state.grow(frontier[..., None], tree))[:, :, 0].log_softmax(dim=-1)
-            likely, ids = _likeliest(logits, k)
-            # Never above the parent's, so that a chosen node's parent is chosen, too.
-            likely = (scores[..., None] + likely.clamp(min=-1e4)).flatten(1)
-            size = sum(part.shape[1] for part, _, _ in pool)
-            pool.append((likely, ids.flatten(1), numbers.repeat_interleave(k, dim=1)))
-            scores, best = _likeliest(likely, k)
-            frontier, numbers, hung = ids.flatten(1).gather(1, best), size + best, 1 + level * k + best // k
-        scores, tokens, parents = (torch.cat(parts, dim=1) for parts in zip(*pool))
-        chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :self.total - 1].sort(dim=1).values
-        place = torch.full_like(tokens, -1).scatter(1, chosen, torch.arange(1, self.total, device=tokens.device)
-                                                    .expand(batch, -1))
+        batch, k, device = len(pending), self.top_k, pending.device
+        drawn = self.kind != POINT and not processing.greedy
+        root = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        scores, logits = root.float(), processing.logits(state.root())[:, :, 0]
+        # Numbers of nodes in the pool of all that is scored (-1: node 0), and of the parents in what is fed.
+        numbers, fed, pool, drafts = root - 1, [(root - 1, root - 1)], [], []
+        for level in range(self.depth + 1):
+            gumbel = draws.gumbel("draft", tuple(logits.shape[1:]), at=first[:, None] + level)[:, 0] if drawn else None
+            if drawn:
+                drafts.append(logits)
+            children = self.propose(scores, logits, gumbel)
+            ids, size = children.ids.flatten(1), sum(part.shape[1] for part, _, _ in pool)
+            pool.append((children.place.flatten(1), ids, numbers.repeat_interleave(k, dim=1)))
+            if level < self.depth:
+                scores, best = _likeliest(children.follow.flatten(1), k)
+                above = fed[-1][0].shape[1]
+                hung = sum(part.shape[1] for part, _ in fed) - above + best // k
+                numbers = size + best
+                fed.append((numbers, hung))
+                tree = Tree(torch.cat([parents for _, parents in fed], dim=1), level + 1)
+                logits = processing.logits(state.grow(ids.gather(1, best)[..., None], tree))[:, :, 0]
+        places, tokens, parents = (torch.cat(parts, dim=1) for parts in zip(*pool))
+        chosen = places.sort(dim=1, descending=True, stable=True).indices[:, :self.total - 1].sort(dim=1).values
+        node = torch.full_like(tokens, -1).scatter(1, chosen, torch.arange(1, self.total, device=device)
+                                                   .expand(batch, -1))
         above = parents.gather(1, chosen)
-        above = torch.where(above >= 0, place.gather(1, above.clamp(min=0)), 0)
-        number = torch.full_like(tokens, -1)
+        above = torch.where(above >= 0, node.gather(1, above.clamp(min=0)), 0)
         order = torch.cat([numbers for numbers, _ in fed], dim=1)[:, 1:]
-        number = number.scatter(1, order, torch.arange(1, order.shape[1] + 1, device=tokens.device).expand(batch, -1))
-        root = torch.zeros_like(samples)
+        number = torch.full_like(tokens, -1).scatter(1, order, torch.arange(1, order.shape[1] + 1, device=device)
+                                                     .expand(batch, -1))
+        number = torch.cat([root, number.gather(1, chosen)], dim=1)
         tree = Tree(torch.cat([root - 1, above], dim=1), self.levels)
         return Proposal(tokens=torch.cat([pending[:, None], tokens.gather(1, chosen)[..., None]], dim=1), tree=tree,
-                        kind=POINT, preference=_first_leaf(tree),
-                        fed=torch.cat([root, number.gather(1, chosen)], dim=1))
+                        kind=self.kind if drawn else POINT, preference=_first_leaf(tree), group=number.clamp(min=0),
+                        q=torch.cat(drafts, dim=1).softmax(dim=-1)[:, :, None] if drawn else None, fed=number)
+
+
+class DySpecTree(DynamicTree):
+    """DySpec's tree: EAGLE-2's, with children drawn without replacement (arXiv 2410.11744).
+
+    A place in the tree is worth the probability that verification gets there, taking the draft's for the target's:
+    v (1 - the draft's probability of the siblings before) in a node of value v. That is known before its token is
+    drawn, so choosing places does not choose tokens, and exact policies stay exact.
+
+    Args are those of `DynamicTree`. The paper's heap draws from one node at a time, without `top_k`; here a level is
+    drawn by one call of the draft model.
+    """
+
+    kind = WITHOUT
+
+    def propose(self, scores: Tensor, logits: Tensor, gumbel: Tensor | None) -> Children:
+        probabilities = logits.softmax(dim=-1)
+        ids = (probabilities.topk(self.top_k, dim=-1).indices if gumbel is None
+               else without_replacement(probabilities, gumbel, self.top_k))
+        drawn = probabilities.gather(-1, ids)
+        left = 1 - (drawn.cumsum(dim=-1) - drawn)
+        place, follow = (scores[..., None] + part.clamp(min=1e-30).log().clamp(min=IMPOSSIBLE)
+                         for part in (left, drawn))
+        return Children(ids=ids, place=place.cummin(dim=-1).values, follow=follow)
 
 
 class Sequences(Shape):
