@@ -224,7 +224,7 @@ def test_cache_keeps_features_and_says_whose_they_are(tmp_path: Path, encoder: T
 
 
 def test_the_same_weights_elsewhere_are_the_same_encoder(tmp_path: Path, encoder: TextEncoder) -> None:
-    save_features(tmp_path / "c.safetensors", encoder.encode(PROMPTS), encoder)
+    save_features(tmp_path / "c.safetensors", encoder.encode(PROMPTS), encoder.identity())
     copy = load(make_encoder(tmp_path / "copy"))
     assert torch.equal(cached_features(tmp_path / "c.safetensors", PROMPTS, copy).features,
                        encoder.encode(PROMPTS).features)
@@ -232,7 +232,7 @@ def test_the_same_weights_elsewhere_are_the_same_encoder(tmp_path: Path, encoder
 
 def test_another_encoders_cache_is_refused_by_name(tmp_path: Path, folder: Path, encoder: TextEncoder) -> None:
     path = tmp_path / "c.safetensors"
-    save_features(path, encoder.encode(PROMPTS), encoder)
+    save_features(path, encoder.encode(PROMPTS), encoder.identity())
     before = path.read_bytes()
     other = load(make_encoder(tmp_path / "other", seed=1))
     with pytest.raises(ValueError, match=f"of text encoder {folder}, not of {tmp_path / 'other'}: hash .* instead of"):

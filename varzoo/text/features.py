@@ -7,19 +7,15 @@ origin with those two tensors and no such header can be loaded too, but never pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from varzoo.core.checkpoint import read_config, read_weights, save_weights
 from varzoo.generators.base import Condition
-from varzoo.text.prompts import class_prompts
-
-if TYPE_CHECKING:
-    from varzoo.text.encoder import TextEncoder
 
 HEADER = "text_features"
 
@@ -55,9 +51,9 @@ class TextFeatures:
         return Condition.text(self.features[rows], self.mask[rows])
 
 
-def save_features(path: str | Path, features: TextFeatures, encoder: TextEncoder) -> None:
-    """Write a cache of what `encoder` made, at once or not at all."""
-    manifest = {"encoder": encoder.identity(), "prompts": list(features.prompts)}
+def save_features(path: str | Path, features: TextFeatures, encoder: Mapping[str, Any]) -> None:
+    """Write a cache of what an encoder (its `identity()`) made, at once or not at all."""
+    manifest = {"encoder": encoder, "prompts": list(features.prompts)}
     save_weights(_checked(path), {"features": features.features, "mask": features.mask}, {HEADER: manifest})
 
 
@@ -76,43 +72,14 @@ def load_features(path: str | Path) -> TextFeatures:
         raise ValueError(f"{path} must hold features [B, T, C] and mask [B, T], got {sorted(tensors)}.")
     try:
         return TextFeatures(features=tensors["features"], mask=tensors["mask"].bool(),
-                            prompts=tuple(_manifest(path).get("prompts", ())))
+                            prompts=tuple(origin_of(path).get("prompts", ())))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def cached_features(path: str | Path, prompts: Sequence[str], encoder: TextEncoder) -> TextFeatures:
-    """The features of prompts: from the cache at `path` if there is one, else encoded and kept there.
-
-    Raises:
-        ValueError: the cache is another encoder's, or of other prompts; it is left as it is.
-    """
-    if not Path(path).exists():
-        features = encoder.encode(prompts)
-        save_features(path, features, encoder)
-        return features
-    features, made_by, asked = load_features(path), _manifest(Path(path)).get("encoder"), encoder.identity()
-    remedy = "Choose another file, or delete it."
-    if made_by is None:
-        raise ValueError(f"{path} does not say which encoder and prompts it is of. {remedy}")
-    differing = [f"{name} {made_by.get(name)} instead of {asked[name]}" for name in asked
-                 if name != "name" and made_by.get(name) != asked[name]]  # the same weights may lie elsewhere
-    if differing:
-        raise ValueError(f"{path} holds features of text encoder {made_by.get('name')}, not of {asked['name']}: "
-                         f"{', '.join(differing)}. {remedy}")
-    if features.prompts != tuple(prompts):
-        raise ValueError(f"{path} holds features of other prompts ({len(features)}, beginning with "
-                         f"{features.prompts[0]!r}; asked for {len(prompts)}, beginning with {prompts[0]!r}). {remedy}")
-    return features
-
-
-def class_features(encoder: TextEncoder, class_names: Sequence[str], template: str) -> TextFeatures:
-    """A row of features per class, to train a text-conditional generator on a class-labelled data set.
-
-        table = class_features(encoder, ["zero", "one", ...], "a handwritten digit {}")    # features [10, T, C]
-        batch = Batch(tokens=tokens, condition=table.condition(labels))
-    """
-    return encoder.encode(class_prompts(class_names, template))
+def origin_of(path: str | Path) -> dict[str, Any]:
+    """What a cache says made it, `encoder` and `prompts`; nothing where it is a file of other origin."""
+    return (read_config(path) or {}).get(HEADER, {})
 
 
 def _checked(path: str | Path) -> Path:
@@ -120,7 +87,3 @@ def _checked(path: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise ValueError(f"text features are kept as .safetensors, got {path}.")
     return path
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    return (read_config(path) or {}).get(HEADER, {})
