@@ -1,4 +1,4 @@
-"""Sums and rows over all processes of a run; without a process group, over this one alone."""
+"""Sums, means and rows over all processes of a run; without a process group, over this one alone."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     distributed.all_reduce(total)
     return total
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """The mean of the processes' tensors of equal shape, the same on each."""
+    return tensor if _alone() else sum_over_processes(tensor) / distributed.get_world_size()
 
 
 def rows_of_processes(rows: Tensor) -> Tensor:

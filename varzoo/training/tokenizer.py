@@ -25,6 +25,8 @@ class TokenizerTraining(TrainingModule):
         settings: see TrainingModule.
     """
 
+    entry = "reconstruction_losses"
+
     def __init__(self, *, tokenizer: Tokenizer, objective: ReconstructionObjective | None, clip: float | None,
                  **settings: Any) -> None:
         super().__init__(model=tokenizer, **settings)
@@ -81,7 +83,7 @@ class TokenizerTraining(TrainingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         for name in self._frozen():
-            del checkpoint["state_dict"][name]
+            checkpoint["state_dict"].pop(name, None)  # sharded, only the first process has any
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
