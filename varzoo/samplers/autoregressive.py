@@ -33,6 +33,7 @@ class Autoregressive(Sampler):
         for setting in (self.guidance, self.plan):
             for phase in generator.predicts:
                 of_phase(setting, phase, generator.predicts)
+        generator.check_plan(self.plan)
         check_options(self.draw, generator)
 
     @torch.no_grad()

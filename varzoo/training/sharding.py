@@ -30,6 +30,9 @@ register_pytree_node(Losses, lambda losses: ([losses.total], losses.parts),
                      lambda leaves, parts: Losses(*leaves, parts))
 
 
+MODULATION = "modulation"  # what a block makes of time and condition alone, asked for before the block is called
+
+
 class FullySharded(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 over all processes, with checkpoints of full tensors in one file."""
 
@@ -83,6 +86,18 @@ def shared_out(value: Any, like: Any) -> Any:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of the stacks in a model (lists called `...blocks`), outermost only, all but the last of each stack.
+
+    The last is not gathered by itself: backward begins with it (and masked models call its parts, for fewer rows).
+    """
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList) and name.endswith("blocks"):
+            yield from child[:-1]
+        else:
+            yield from blocks_of(child)
+
+
 def shard(model: nn.Module, mesh: DeviceMesh, *, entry: str) -> None:
     """Shard a model in place over the mesh.
 
@@ -90,11 +105,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, entry: str) -> None:
         model: on any device, the same on every process.
         entry: name of the method that computes its losses.
     """
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                if any(parameter.requires_grad for parameter in block.parameters()):
-                    fully_shard(block, mesh=mesh)
+    for block in blocks_of(model):
+        modulation = getattr(block, MODULATION, None)
+        if isinstance(modulation, nn.Module):
+            fully_shard(modulation, mesh=mesh)
+        fully_shard(block, mesh=mesh)
+        if modulation is not None and not isinstance(modulation, nn.Module):
+            register_fsdp_forward_method(block, MODULATION)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, entry)
 

@@ -197,6 +197,7 @@ class MaskedSpeculative(Sampler):
     def check(self, generator: Generator) -> None:
         super().check(generator)
         super().check(self.draft)
+        generator.check_plan(self.plan)
         check_options(self.draw, generator)
         betas = self.draft.process.betas, generator.process.betas
         for what, ours, theirs in (("tokens", self.draft.spec, generator.spec),
