@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, distributed
 
@@ -22,6 +24,11 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 def mean_over_processes(tensor: Tensor) -> Tensor:
     """The mean of the processes' tensors of equal shape, the same on each."""
     return tensor if _alone() else sum_over_processes(tensor) / distributed.get_world_size()
+
+
+def means_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The means of several scalars, float32, by one message."""
+    return dict(zip(values, mean_over_processes(torch.stack([value.detach().float() for value in values.values()]))))
 
 
 def rows_of_processes(rows: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from varzoo.core.draws import Draws
 from varzoo.core.losses import Losses
-from varzoo.nn.processes import mean_over_processes, sum_over_processes
+from varzoo.nn.processes import means_over_processes, sum_over_processes
 from varzoo.training.optim import LearningRate, parameter_groups
 from varzoo.training.sharding import FullySharded, follow_shards, named, place, shard, whole
 
@@ -109,8 +109,7 @@ class TrainingModule(pl.LightningModule, ABC):
         label = repr((self.seed, self.iteration, self.global_rank))
         torch.manual_seed(int.from_bytes(hashlib.blake2b(label.encode(), digest_size=7).digest(), "little"))
         losses = self.losses(batch)
-        values = {"loss": losses.total.detach(), **losses.parts}
-        means = dict(zip(values, mean_over_processes(torch.stack([value.float() for value in values.values()]))))
+        means = means_over_processes({"loss": losses.total, **losses.parts})
         if not torch.isfinite(means["loss"]):  # so all processes stop, or none
             raise FloatingPointError(self._report_nonfinite(losses, batch))
         self.log_dict({f"train/{name}": value for name, value in means.items()}, batch_size=len(batch["index"]))

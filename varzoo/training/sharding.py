@@ -9,7 +9,7 @@ Checkpoints hold full tensors in the layout of every other trainer, so that a ru
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import register_pytree_node
 
 from varzoo.core.losses import Losses
+from varzoo.nn.processes import mean_over_processes
 
 # FSDP gathers weights again when the gradient of an output arrives; it looks for outputs in pytrees.
 register_pytree_node(Losses, lambda losses: ([losses.total], losses.parts),
@@ -114,6 +115,13 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, entry: str) -> None:
             register_fsdp_forward_method(block, MODULATION)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, entry)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average the gradients of whole parameters over all processes, as FSDP does those of shares."""
+    for parameter in parameters:
+        if parameter.grad is not None and not isinstance(parameter, DTensor):
+            parameter.grad.copy_(mean_over_processes(parameter.grad))
 
 
 def place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
