@@ -36,9 +36,9 @@ ROOT = Path(__file__).parents[1]
 PAIR = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 STEPS = 10
 # What is not the same at any split of a batch: losses of a batch as a whole (the entropy of its mean, its spread), and
-# choices between codes that rounding decides, as where dead codes restart from fewer vectors than there are codes.
+# choices between codes that rounding decides, as where dead codes restart from alike vectors (see test_rqvae for those).
 EXCEPT = {"smoke_dar_tokenizer": ["tokenizer.entropy_weight=0"], "smoke_flextok": ["tokenizer.spread=0"],
-          "smoke_rqvae": ["batch_size=16"]}
+          "smoke_rqvae": ["batch_size=16", "tokenizer.restart=false"]}
 EXPERIMENTS = ROOT / "varzoo" / "configs" / "experiment"
 SMOKE = list_configs("experiment", "smoke_*")
 GENERATORS = [name for name in SMOKE
