@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 PAIR = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true"]
 STEPS = 10
 # What is not the same at any split of a batch: losses of a batch as a whole (the entropy of its mean, its spread), and
-# choices between codes that rounding decides, as where dead codes restart from alike vectors (see test_rqvae for those).
+# choices between codes that rounding decides, as where dead codes restart from alike vectors (those: see test_rqvae).
 EXCEPT = {"smoke_dar_tokenizer": ["tokenizer.entropy_weight=0"], "smoke_flextok": ["tokenizer.spread=0"],
           "smoke_rqvae": ["batch_size=16", "tokenizer.restart=false"]}
 EXPERIMENTS = ROOT / "varzoo" / "configs" / "experiment"
