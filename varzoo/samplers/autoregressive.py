@@ -33,8 +33,8 @@ class Autoregressive(Sampler):
         for setting in (self.guidance, self.plan):
             for phase in generator.predicts:
                 of_phase(setting, phase, generator.predicts)
-        generator.check_plan(self.plan)
         check_options(self.draw, generator)
+        generator.check_plan(self.plan)
 
     @torch.no_grad()
     def sample(self, generator: Generator, condition: Condition, draws: AnyDraws,

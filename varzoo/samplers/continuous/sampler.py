@@ -197,8 +197,8 @@ class MaskedSpeculative(Sampler):
     def check(self, generator: Generator) -> None:
         super().check(generator)
         super().check(self.draft)
-        generator.check_plan(self.plan)
         check_options(self.draw, generator)
+        generator.check_plan(self.plan)
         betas = self.draft.process.betas, generator.process.betas
         for what, ours, theirs in (("tokens", self.draft.spec, generator.spec),
                                    ("number of classes", self.draft.num_classes, generator.num_classes),
