@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from varzoo.core.checkpoint import read_config, read_weights
 from varzoo.demo import demo
 from varzoo.eval.features import ClassifierFeatures
 from varzoo.eval.protocol import read_rows
+from varzoo.generators.causal import Prefix
+from varzoo.generators.masked import MaskPlan
 from varzoo.loading import Model, build, compose_config, load, register_run
 from varzoo.training.callbacks import read_metrics
 from varzoo.training.run import train
@@ -175,7 +178,35 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
         train(compose_config("train", overrides(folder, tmp_path / "nowhere", "tokenizer_experiment=null")))
     with pytest.raises(ValueError, match="'solver' does not fit"):
         train(compose_config("train", overrides(folder, tokenizer_run, "+sampler.draw.solver=ddpm")))
+    with pytest.raises(ValueError, match=r"order of LlamaGen is fixed, so it takes no plan, got MaskPlan.*plan=null"):
+        train(compose_config("train", overrides(folder, tokenizer_run, "sampler.plan={_target_: "
+                                                "varzoo.generators.masked.MaskPlan, steps: 8}")))
     assert not folder.exists()
+
+
+MASK_PLAN = MaskPlan(steps=4)
+
+
+@pytest.mark.parametrize(("experiment", "plan", "message"), [
+    ("llamagen", MASK_PLAN, r"LlamaGen is fixed, so it takes no plan, got MaskPlan\(steps=4.*sampler=categorical.*"
+                            r"fits besides: Completion"),
+    ("rq", MASK_PLAN, "RQTransformer is fixed, so it takes no plan"),
+    ("nar", MASK_PLAN, "NAR is fixed, so it takes no plan"),
+    ("dar_stream", MASK_PLAN, r"besides: Prefix\(tokens=\.\.\.\), Completion"),
+    ("llamagen", Prefix(3), "so all of it is drawn; it takes no plan, got Prefix"),
+    ("flextok_ar", Prefix(300), "a prefix has between 1 and"),
+    ("xar", MASK_PLAN, "units of XAR are fixed, so it takes no plan.*plan=null, as in sampler=flow_ode"),
+    ("mar", None, r"MAR leaves the number of steps open: give plan=MaskPlan\(steps=\.\.\.\), between 1 and 64"),
+    ("himar", MASK_PLAN, None),
+    ("resgen", MASK_PLAN, r"give plan=LevelMaskPlan\(steps=\.\.\.\), such as 63, got MaskPlan"),
+    ("elm_mlm", Prefix(3), r"MaskedELM leaves the number of steps open: give plan=MaskPlan.* got Prefix"),
+])
+def test_a_plan_that_does_not_fit_is_refused_at_composition(experiment: str, plan: object, message: str | None) -> None:
+    config = compose_config("train", [f"experiment=smoke_{experiment}", "sampler.plan=null"])
+    generator, sampler = build(config.generator), build(config.sampler)
+    sampler.plan = plan
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        sampler.check(generator)
 
 
 def test_another_tokenizers_cache_is_refused(generator_run: Path, tmp_path: Path) -> None:

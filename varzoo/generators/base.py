@@ -191,6 +191,12 @@ class Generator(nn.Module, ABC):
         """Whether weight decay applies to a parameter: by default to all with two or more dimensions."""
         return parameter.ndim >= 2
 
+    def check_plan(self, plan: Any) -> None:
+        """Raise ValueError, naming what fits, unless `begin` takes this plan; by default it takes none."""
+        if plan is not None:
+            raise ValueError(f"{type(self).__name__} draws in a fixed order, so it takes no plan, got {plan}. Leave it "
+                             "out: plan=null.")
+
     def check_condition(self, condition: Condition) -> None:
         """Raise ValueError if a label is not one of the generator's classes."""
         if condition.labels is None:

@@ -31,6 +31,9 @@ from varzoo.predictions.categorical import Categorical
 class CausalPlan(ABC):
     """Which decoding a causal generator opens, where it is not the plain one."""
 
+    def check(self, generator: CausalGenerator) -> None:  # noqa: B027 (most plans fit any)
+        """Raise ValueError if the plan does not fit the generator; `open` checks the batch's part of it."""
+
     @abstractmethod
     def open(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None) -> Decoding:
         """Open it. Raises ValueError if the plan does not fit the generator."""
@@ -47,6 +50,9 @@ class Prefix(CausalPlan):
 
     def open(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None) -> CausalDecoding:
         return CausalDecoding(generator, condition, guidance, self.within(generator))
+
+    def check(self, generator: CausalGenerator) -> None:
+        self.within(generator)
 
     def within(self, generator: CausalGenerator) -> int:
         """The number of tokens, if the generator can stop there; ValueError if it cannot."""
@@ -222,14 +228,21 @@ class CausalGenerator(Generator):
         """Mean cross-entropy over all tokens, in nats; samples are weighted by `batch.weights`."""
         return weigh({"cross_entropy": cross_entropy(self.teach(batch, draws), batch.tokens)}, batch.weights)
 
+    def check_plan(self, plan: Any) -> None:
+        if isinstance(plan, CausalPlan):
+            plan.check(self)
+        elif plan is not None:
+            prefix = "Prefix(tokens=...), " if self.spec.prefix_decodes else ""
+            raise ValueError(f"the order of {type(self).__name__} is fixed, so it takes no plan, got {plan}. Leave it "
+                             f"out: plan=null, as in sampler=categorical. What fits besides: {prefix}Completion(...).")
+
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> Decoding:
         """Open a decoding; `plan` is None or a CausalPlan: Completion, Ragged, or Prefix where any prefix decodes."""
         self.check_condition(condition)
+        self.check_plan(plan)
         if plan is None:
             return CausalDecoding(self, condition, of_phase(guidance), self.spec.length)
-        if not isinstance(plan, CausalPlan):
-            raise ValueError(f"the order of {type(self).__name__} is fixed, so it takes no plan, got {plan}.")
         return plan.open(self, condition, of_phase(guidance))
 
 

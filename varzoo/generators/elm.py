@@ -144,6 +144,9 @@ class MaskedELM(Generator):
         logits = self.logits(batch.tokens, masked, batch.condition, dropped)
         return weigh({"cross_entropy": self.masked_loss(batch.tokens, logits, masked)}, batch.weights)
 
+    def check_plan(self, plan: Any) -> None:
+        require_plan(plan, "MaskedELM", self.spec.length)
+
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> MaskedELMDecoding:
         self.check_condition(condition)

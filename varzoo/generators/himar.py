@@ -187,13 +187,22 @@ class HiMAR(MaskedDiffusion):
                              tokens.expand_as(noise), index[..., None], noise)
         return error.gather(-1, masked.expand(self.head_batch, -1, -1)).sum(dim=-1).mean(dim=0) / self.spec.length
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """How many tokens each phase draws."""
+        return {"pivot": self.pivot_count, "dense": self.spec.length}
+
+    def check_plan(self, plan: Any) -> None:
+        for phase, length in self.lengths.items():
+            require_plan(of_phase(plan, phase, PHASES), f"Hi-MAR's {phase} phase", length)
+
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> HiMARDecoding:
         self.check_condition(condition)
-        lengths = {"pivot": self.pivot_count, "dense": self.spec.length}
+        self.check_plan(plan)
         steps, scales = {}, {}
-        for phase, length in lengths.items():
-            phase_plan = require_plan(of_phase(plan, phase, PHASES), f"Hi-MAR's {phase} phase", length)
+        for phase, length in self.lengths.items():
+            phase_plan = of_phase(plan, phase, PHASES)
             order = draws.permutation(f"{phase}_order", length)
             steps[phase] = list(masked_steps(phase_plan, order, phase=phase))
             scales[phase] = of_phase(guidance, phase, PHASES)

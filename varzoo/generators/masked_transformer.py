@@ -67,11 +67,14 @@ class MaskedGenerator(Generator):
         vectors = self.training_vectors(condition, draws, "drop_label")
         return masked, self.backbone(self.values(tokens), visible, vectors, masked)
 
+    def check_plan(self, plan: Any) -> None:
+        require_plan(plan, type(self).__name__, self.spec.length)
+
     def begun(self, condition: Condition, draws: AnyDraws, guidance: Schedule | Mapping[str, Schedule] | None,
               plan: Any) -> tuple[list[Step], Schedule | None]:
         """The steps of a decoding in one phase and its guidance; raises ValueError where `begin` must."""
         self.check_condition(condition)
-        plan = require_plan(plan, type(self).__name__, self.spec.length)
+        self.check_plan(plan)
         guidance = of_phase(guidance)
         steps = list(masked_steps(plan, draws.permutation("order", self.spec.length)))
         needs_null_branch(guidance, steps)  # refuses what does not guide

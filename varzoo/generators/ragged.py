@@ -41,10 +41,15 @@ class Ragged(CausalPlan):
     levels: int
     prefix: Prefix | None = None
 
-    def open(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None) -> RaggedDecoding:
+    def check(self, generator: CausalGenerator) -> None:
         if "verify" not in generator.offers:
             raise ValueError(f"drafts for {type(generator).__name__} cannot be verified, since "
                              f"{generator.lacks('verify')}.")
+        if self.prefix is not None:
+            self.prefix.check(generator)
+
+    def open(self, generator: CausalGenerator, condition: Condition, guidance: Schedule | None) -> RaggedDecoding:
+        self.check(generator)
         count = generator.spec.length if self.prefix is None else self.prefix.within(generator)
         return RaggedDecoding(generator, condition, guidance, count, self)
 

@@ -219,12 +219,15 @@ class ResGen(Generator):
         return weigh({name: (part * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)
                       for name, part in parts.items()}, batch.weights)
 
-    def begin(self, condition: Condition, *, draws: AnyDraws,
-              guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> ResGenDecoding:
-        self.check_condition(condition)
+    def check_plan(self, plan: Any) -> None:
         if not isinstance(plan, LevelMaskPlan):
             raise ValueError("ResGen leaves the number of steps open: give plan=LevelMaskPlan(steps=...), such as 63, "
                              f"got {plan!r}.")
+
+    def begin(self, condition: Condition, *, draws: AnyDraws,
+              guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> ResGenDecoding:
+        self.check_condition(condition)
+        self.check_plan(plan)
         return ResGenDecoding(self, condition.to(self.positions.device), draws, of_phase(guidance), plan)
 
     def key_maps(self) -> dict[str, KeyMap]:

@@ -70,11 +70,15 @@ class UnitGenerator(Generator):
     def open(self, condition: Condition, guidance: Schedule | None) -> UnitDecoding:
         """A decoding of a request that is known to be good."""
 
+    def check_plan(self, plan: Any) -> None:
+        if plan is not None:
+            raise ValueError(f"the units of {type(self).__name__} are fixed, so it takes no plan, got {plan}. Leave it "
+                             "out: plan=null, as in sampler=flow_ode.")
+
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> UnitDecoding:
         self.check_condition(condition)
-        if plan is not None:
-            raise ValueError(f"the units of {type(self).__name__} are fixed, so it takes no plan, got {plan}.")
+        self.check_plan(plan)
         return self.open(condition, of_phase(guidance))
 
     def class_vectors(self, condition: Condition, dropped: Tensor | None = None) -> Tensor:

@@ -34,6 +34,7 @@ class Autoregressive(Sampler):
             for phase in generator.predicts:
                 of_phase(setting, phase, generator.predicts)
         check_options(self.draw, generator)
+        generator.check_plan(self.plan)
 
     @torch.no_grad()
     def sample(self, generator: Generator, condition: Condition, draws: AnyDraws,

@@ -57,11 +57,13 @@ class EverySteps(pl.Callback, ABC):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
         due = module.iteration % self.every == 0 or module.iteration == module.steps
-        if due and (self.everywhere or trainer.is_global_zero):
+        if due:
             was_training, device = module.training, module.device
             module.eval()
-            with torch.no_grad():
-                self.show(module, device)
+            with torch.no_grad(), module.whole():
+                if self.everywhere or trainer.is_global_zero:
+                    module.averaged.eval()
+                    self.show(module, device)
             module.train(was_training)
 
     @abstractmethod

@@ -55,7 +55,7 @@ class ImageData(pl.LightningDataModule):
 
 
 class TokenData(ImageData):
-    """Cached tokens for training a generator; the caches are built first, by one process.
+    """Cached tokens for training a generator; the caches are built first, by all processes together.
 
     Args:
         tokenizer: whose tokens.
@@ -69,10 +69,14 @@ class TokenData(ImageData):
         super().__init__(**settings)
         self.tokenizer, self.cache, self.copies = tokenizer, cache, copies
 
-    def prepare_data(self) -> None:
+    def setup(self, stage: str) -> None:
+        """Build the caches, each process its share, on its device; all must see the folder."""
+        trainer = self.trainer
+        self.tokenizer.to(trainer.strategy.root_device)
         for split, dataset in (("train", self.train), ("heldout", self.heldout)):
             build_cache(self.cache / split, tokenizer=self.tokenizer, dataset=dataset, copies=self.copies,
-                        num_workers=self.num_workers)
+                        num_workers=self.num_workers, rank=trainer.global_rank, world_size=trainer.world_size)
+        trainer.strategy.barrier()
 
     def train_set(self) -> Dataset:
         return CachedTokens(folder=self.cache / "train", tokenizer=self.tokenizer, seed=self.seed)

@@ -27,6 +27,8 @@ class GeneratorTraining(TrainingModule):
         settings: see TrainingModule.
     """
 
+    entry = "loss"
+
     def __init__(self, *, generator: Generator, tokenizer: Tokenizer, posterior: bool, **settings: Any) -> None:
         super().__init__(model=generator, **settings)
         self.posterior = posterior

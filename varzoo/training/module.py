@@ -6,21 +6,26 @@ a killed run, resumed from its last checkpoint, ends with the weights it would h
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from varzoo.core.draws import Draws
 from varzoo.core.losses import Losses
+from varzoo.nn.processes import means_over_processes, sum_over_processes
 from varzoo.training.optim import LearningRate, parameter_groups
+from varzoo.training.sharding import FullySharded, follow_shards, named, place, shard, whole
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 
@@ -36,7 +41,12 @@ class TrainingModule(pl.LightningModule, ABC):
         seed: the run's seed.
         ema_decay: decay per step of the exponential moving average of the weights, None for none.
         folder: where a batch that gave a non-finite loss is kept.
+
+    Attributes:
+        entry: name of the model's method that computes its losses: where its weights are gathered, if they are sharded.
     """
+
+    entry: ClassVar[str]
 
     def __init__(self, *, model: nn.Module, optimizer: OptimizerFactory, learning_rate: LearningRate, steps: int,
                  seed: int, ema_decay: float | None, folder: Path) -> None:
@@ -48,11 +58,35 @@ class TrainingModule(pl.LightningModule, ABC):
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.steps, self.seed, self.folder = steps, seed, folder
         self.iteration = 0
+        self._unhooked: tuple[nn.Module, ...] = ()  # see `configure_model`; in a tuple it is no submodule
+        self._gathered = contextlib.ExitStack()
+
+    def configure_model(self) -> None:
+        """Shard the model and its average, if the trainer says so."""
+        if not self.sharded:
+            return
+        if self.ema is None:
+            self._unhooked = (copy.deepcopy(self.model),)
+        shard(self.model, self.device_mesh["data_parallel"], entry=self.entry)
+        if self.ema is not None:
+            follow_shards(self.ema.module, self.model)
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.trainer.strategy, FullySharded)
 
     @property
     def averaged(self) -> nn.Module:
-        """The weights to sample with: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        """The weights to sample with: the moving average where there is one. Where sharded, see `whole`."""
+        return self.ema.module if self.ema is not None else self._unhooked[0] if self._unhooked else self.model
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Meanwhile, the averaged weights are all here, sharded or not; every process must ask for them."""
+        for module in self._unhooked:
+            place(module, named(self.model) | dict(self.model.named_buffers()))
+        with whole(self.averaged):
+            yield
 
     @property
     def progress(self) -> float:
@@ -68,14 +102,17 @@ class TrainingModule(pl.LightningModule, ABC):
         """The losses of a batch: a function of the weights, the batch and the iteration."""
 
     def compute(self, batch: Mapping[str, Tensor]) -> Losses:
-        """The losses, logged; dropout is keyed by seed, iteration and rank. Raises FloatingPointError if not finite."""
+        """The losses of this process's batch; their means over all processes are logged.
+
+        Dropout is keyed by seed, iteration and rank. Raises FloatingPointError if the loss is not finite.
+        """
         label = repr((self.seed, self.iteration, self.global_rank))
         torch.manual_seed(int.from_bytes(hashlib.blake2b(label.encode(), digest_size=7).digest(), "little"))
         losses = self.losses(batch)
-        if not torch.isfinite(losses.total):
+        means = means_over_processes({"loss": losses.total, **losses.parts})
+        if not torch.isfinite(means["loss"]):  # so all processes stop, or none
             raise FloatingPointError(self._report_nonfinite(losses, batch))
-        values = {"loss": losses.total.detach(), **losses.parts}
-        self.log_dict({f"train/{name}": value for name, value in values.items()}, batch_size=len(batch["index"]))
+        self.log_dict({f"train/{name}": value for name, value in means.items()}, batch_size=len(batch["index"]))
         return losses
 
     def follow(self) -> None:
@@ -94,6 +131,12 @@ class TrainingModule(pl.LightningModule, ABC):
         super().optimizer_step(*args, **kwargs)
         self.follow()
 
+    def on_validation_epoch_start(self) -> None:
+        self._gathered.enter_context(self.whole())
+
+    def on_validation_epoch_end(self) -> None:
+        self._gathered.close()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["iteration"] = self.iteration
 
@@ -101,7 +144,8 @@ class TrainingModule(pl.LightningModule, ABC):
         self.iteration = checkpoint["iteration"]
 
     def _report_nonfinite(self, losses: Losses, batch: Mapping[str, Tensor]) -> str:
-        path = self.folder / f"nonfinite_step_{self.iteration:06d}.pt"
+        mine = f"_rank{self.global_rank}" if self.global_rank else ""
+        path = self.folder / f"nonfinite_step_{self.iteration:06d}{mine}.pt"
         torch.save({"iteration": self.iteration, "seed": self.seed, "batch": dict(batch)}, path)
         parts = ", ".join(f"{name} {value.item():g}" for name, value in losses.parts.items())
         module = first_nonfinite_module(self.model, lambda: self.losses(batch))
@@ -111,8 +155,11 @@ class TrainingModule(pl.LightningModule, ABC):
 
 def first_nonfinite_module(model: nn.Module, rerun: Callable[[], object]) -> str:
     """Name the module whose weights, or whose output on a rerun, are the first that are not finite."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+    parameters = dict(model.named_parameters())
+    local = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters.values()]
+    bad = torch.stack([(~torch.isfinite(tensor)).any() for tensor in local]).float()
+    for name, count in zip(parameters, sum_over_processes(bad).tolist()):  # the same answer on all processes
+        if count:
             return f"weights of {name}"
     found: list[str] = []
 

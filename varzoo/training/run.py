@@ -92,8 +92,10 @@ def train(config: DictConfig) -> Path:
     # Older Lightning versions have no such argument and load as torch does by default: safely too.
     safely = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, **safely)
+    with module.whole():
+        if trainer.is_global_zero:
+            export(config, folder, module, data)
     if trainer.is_global_zero:
-        export(config, folder, module, data)
         plot_curves(folder / "curve.png", read_metrics(folder / "logs"), config.name)
     trainer.strategy.barrier()
     return folder
@@ -236,7 +238,7 @@ def make_trainer(config: DictConfig, folder: Path, module: TrainingModule, callb
     resumption = len(list((folder / "logs").glob("*")))
     loggers = [CSVLogger(folder, "logs", f"part_{resumption:03d}"), TensorBoardLogger(folder, "tensorboard", "")]
     return pl.Trainer(
-        **OmegaConf.to_container(config.trainer, resolve=True), max_steps=config.steps, logger=loggers,
+        **build(config.trainer), max_steps=config.steps, logger=loggers,
         callbacks=[checkpoints, LearningRateMonitor("step"), *callbacks], default_root_dir=folder,
         gradient_clip_val=config.clip if module.automatic_optimization else None,
         accumulate_grad_batches=config.accumulate, val_check_interval=config.validate_every,

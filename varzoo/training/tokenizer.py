@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varzoo.core.losses import Losses
+from varzoo.nn.processes import means_over_processes
 from varzoo.tokenizers.base import Tokenizer
 from varzoo.training.module import TrainingModule
 from varzoo.training.reconstruction import ReconstructionObjective
+from varzoo.training.sharding import average_gradients
 
 
 class TokenizerTraining(TrainingModule):
@@ -24,6 +26,8 @@ class TokenizerTraining(TrainingModule):
         clip: largest gradient norm of either side.
         settings: see TrainingModule.
     """
+
+    entry = "reconstruction_losses"
 
     def __init__(self, *, tokenizer: Tokenizer, objective: ReconstructionObjective | None, clip: float | None,
                  **settings: Any) -> None:
@@ -59,7 +63,8 @@ class TokenizerTraining(TrainingModule):
         if self.adversary is not None:
             self.adversary.requires_grad_(True)
             losses = self.objective.discriminator_losses(batch["image"], self._reconstructions, self.iteration)
-            self.log_dict({f"train/{name}": value for name, value in losses.parts.items()})
+            means = means_over_processes(losses.parts)
+            self.log_dict({f"train/{name}": value for name, value in means.items()})
             # Lightning counts the steps of its own optimizers; the run is as long as the tokenizer's alone.
             self._step(rest[0].optimizer, losses)
         self._reconstructions = None
@@ -68,6 +73,8 @@ class TokenizerTraining(TrainingModule):
     def _step(self, optimizer: Any, losses: Losses) -> None:
         optimizer.zero_grad(set_to_none=True)
         self.manual_backward(losses.total)
+        if self.sharded:  # the adversary is not
+            average_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
         if self.clip is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.clip)
         optimizer.step()
@@ -81,7 +88,7 @@ class TokenizerTraining(TrainingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         for name in self._frozen():
-            del checkpoint["state_dict"][name]
+            checkpoint["state_dict"].pop(name, None)  # sharded, only the first process has any
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -198,6 +198,7 @@ class MaskedSpeculative(Sampler):
         super().check(generator)
         super().check(self.draft)
         check_options(self.draw, generator)
+        generator.check_plan(self.plan)
         betas = self.draft.process.betas, generator.process.betas
         for what, ours, theirs in (("tokens", self.draft.spec, generator.spec),
                                    ("number of classes", self.draft.num_classes, generator.num_classes),

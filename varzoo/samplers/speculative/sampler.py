@@ -76,6 +76,7 @@ class Speculative(Sampler):
     def check(self, generator: Generator) -> None:
         super().check(generator)
         of_phase(self.guidance)
+        generator.check_plan(self.plan)
         check_options(self.processing.options, generator)
         self.draft.check(generator)
         if self.policy.needs_codebook and generator.spec.depth > 1:

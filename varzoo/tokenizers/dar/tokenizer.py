@@ -25,6 +25,7 @@ from varzoo.core.losses import Losses
 from varzoo.core.spec import TokenSpec
 from varzoo.nn.codebook import entropy_loss, perplexity, squared_distances
 from varzoo.nn.conv_autoencoder import require_images
+from varzoo.nn.processes import mean_over_processes
 from varzoo.nn.repa import REPA
 from varzoo.tokenizers.base import UINT8_RULES, Stream, Tokenizer
 from varzoo.tokenizers.dar.networks import CausalContexts, QueryEncoder, VelocityNetwork
@@ -159,7 +160,8 @@ class DARTokenizer(Tokenizer):
             features_after=self.repa.layer if self.repa else None)
 
         counted = (torch.arange(self.spec.length, device=ids.device) <= group[:, -1:]).float()
-        mean = lambda values: (values * counted).sum() / counted.sum()  # noqa: E731
+        count = mean_over_processes(counted.sum())  # so that the processes' losses average to that of the whole batch
+        mean = lambda values: (values * counted).sum() / count  # noqa: E731
         parts = {
             "flow": (velocity - (data - noise)).square().mean() / self.data_std**2,
             "vq": mean((codes - latents.detach()).square().mean(dim=-1)),
