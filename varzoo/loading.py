@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -227,11 +227,19 @@ def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def compose_config(name: str, overrides: list[str]) -> DictConfig:
-    """Compose one of the package's configs outside of a Hydra application."""
+@contextlib.contextmanager
+def configs() -> Iterator[GlobalHydra]:
+    """Hydra on the package's configs and those of $VARZOO_CONFIGS; inside a Hydra application, the application's own."""
     if GlobalHydra.instance().is_initialized():
-        return compose(name, overrides)
+        yield GlobalHydra.instance()
+        return
     with initialize_config_module("varzoo.configs", version_base="1.3"):
+        yield GlobalHydra.instance()
+
+
+def compose_config(name: str, overrides: list[str]) -> DictConfig:
+    """Compose one of the configs outside of a Hydra application."""
+    with configs():
         return compose(name, overrides)
 
 
@@ -242,8 +250,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def list_configs(group: str, pattern: str = "*") -> list[str]:
     """Names of the configs of a group that a shell pattern matches; those that others are made of are left out."""
-    folder = resources.files("varzoo.configs") / group
-    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    with configs() as hydra:
+        names = hydra.config_loader().get_group_options(group, config_name="sample")  # for its search path
     return [name for name in names if fnmatch.fnmatch(name, pattern) and not name.startswith("_")]
 
 
