@@ -229,7 +229,7 @@ def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def configs() -> Iterator[GlobalHydra]:
-    """Hydra on the package's configs and those of $VARZOO_CONFIGS; inside a Hydra application, the application's own."""
+    """Hydra on the package's configs and $VARZOO_CONFIGS; inside of a Hydra application, on the application's own."""
     if GlobalHydra.instance().is_initialized():
         yield GlobalHydra.instance()
         return
