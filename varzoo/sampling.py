@@ -44,7 +44,7 @@ class Request:
         """The condition of some of the images."""
         if self.labels is not None:
             return Condition.classes(torch.tensor([self.labels[index] for index in indices]))
-        if self.features is not None:
+        if self.features is not None and self.mask is not None:
             return Condition.text(self.features[list(indices)], self.mask[list(indices)])
         if self.ids is not None:
             return Condition.captions(self.ids[list(indices)])

@@ -229,7 +229,7 @@ def _compress(tokenizer: Tokenizer, images: Tensor) -> np.ndarray:
     """
     device = next((tensor.device for tensor in tokenizer.state_dict().values()), torch.device("cpu"))
     with torch.no_grad():  # view by view, so that memory does not grow with their number
-        views = [_resized(view.to(device), tuple(tokenizer.image_size)) for view in images.unbind(1)]
+        views = [_resized(view.to(device), tokenizer.image_size) for view in images.unbind(1)]
         compressed = torch.stack([tokenizer.compress(view).cpu() for view in views], 1)
     if compressed.is_floating_point():
         return compressed.float().numpy()

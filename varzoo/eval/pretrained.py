@@ -27,6 +27,9 @@ class PretrainedFeatures(FeatureExtractor):
         download: fetch the published file if it is nowhere.
     """
 
+    mean: Tensor
+    std: Tensor
+
     WEIGHTS: WeightsFile
     resize = "bicubic, antialiased, to 224"
 

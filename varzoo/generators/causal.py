@@ -147,7 +147,7 @@ class CausalGenerator(Generator):
         return hidden
 
     @property
-    def offers(self) -> frozenset[str]:
+    def offers(self) -> frozenset[str]:  # type: ignore[override]  # follows from its parts
         """"verify", where a step draws one cell from the one before it, by logits: drafts can be verified in a row."""
         one_by_one = set(self.order.sizes) == {1} and len(self.order.sources) == 1
         return frozenset({"verify"}) if one_by_one and self.predicts["main"] is Categorical else frozenset()
@@ -159,7 +159,7 @@ class CausalGenerator(Generator):
                 "steps after it would have to be right in every one of them")
 
     @property
-    def num_classes(self) -> int | None:
+    def num_classes(self) -> int | None:  # type: ignore[override]  # follows from its parts
         return self.conditioner.num_classes
 
     def check_condition(self, condition: Condition) -> None:

@@ -91,6 +91,7 @@ class TextPrefix(Conditioner):
         padding_sees: see `Conditioner`.
     """
 
+    null_features: Tensor
     num_classes = None
 
     def __init__(self, *, length: int, channels: int, width: int, drop: float, padding_sees: str = "itself") -> None:

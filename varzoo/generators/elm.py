@@ -89,6 +89,8 @@ class MaskedELM(Generator):
         smoothing: of the labels.
     """
 
+    rotary: Tensor
+
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": Categorical}
 
     def __init__(self, *, spec: TokenSpec, conditioner: ClassPrefix, width: int, depth: int, heads: int,
@@ -110,7 +112,7 @@ class MaskedELM(Generator):
         self.apply(initialise)
 
     @property
-    def num_classes(self) -> int | None:
+    def num_classes(self) -> int | None:  # type: ignore[override]  # follows from its parts
         return self.conditioner.num_classes
 
     def logits(self, tokens: Tensor, masked: Tensor, condition: Condition, dropped: Tensor | None = None) -> Tensor:

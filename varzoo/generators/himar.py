@@ -271,7 +271,8 @@ class HiMARDecoding(Decoding):
         branches = len(vectors) // len(self.vectors)
         known = self._known[step.phase].scatter(1, step.positions, False)
         visible = known_positions(known).repeat(branches, 1)
-        shared = {"scale": scale, "positions": step.positions, "process": generator.process, "phase": step.phase}
+        shared: dict[str, Any] = {"scale": scale, "positions": step.positions, "process": generator.process,
+                                  "phase": step.phase}
         if step.phase == "pivot":
             hidden = generator.hidden_pivots(self.pivots.repeat(branches, 1, 1), visible, vectors,
                                              step.positions.repeat(branches, 1)).unflatten(0, (branches, -1))

@@ -93,7 +93,7 @@ class RaggedDecoding(OpenDecoding):
         self._fed: Tensor | None = None
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Tensor:  # type: ignore[override]  # follows from the state
         drawn = self._ids[:, :self.cells].unflatten(2, (-1, self.generator.spec.depth))
         ahead = torch.arange(self.cells, device=drawn.device) >= self.known[:, None]
         drawn = drawn.masked_fill(ahead[..., None, None], 0)

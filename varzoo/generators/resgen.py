@@ -112,6 +112,9 @@ class ResGen(Generator):
         class_drop: probability that a sample is trained without its class.
     """
 
+    num_classes: int
+    codebook: Tensor | None
+
     embeds_codebook = True
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": MixturePrediction}
 
@@ -270,7 +273,7 @@ class ResGenDecoding(Decoding):
             yield self._plan[len(self._known) - 1]
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Tensor:  # type: ignore[override]  # follows from the state
         ids = self._known[-1][0]
         return ids if self.generator.spec.depth > 1 else ids[..., 0]
 

@@ -64,6 +64,9 @@ class RQTransformer(CausalGenerator):
         dropout: on the outputs of attention and MLP.
     """
 
+    codebook: Tensor | None
+    slots: Tensor
+
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": DepthPrediction}
 
     def __init__(self, *, spec: TokenSpec, conditioner: Conditioner, width: int, body_depth: int, body_heads: int,
@@ -98,7 +101,7 @@ class RQTransformer(CausalGenerator):
             nn.init.normal_(positions, std=0.02)
 
     @property
-    def embeds_codebook(self) -> bool:
+    def embeds_codebook(self) -> bool:  # type: ignore[override]  # follows from its parts
         return self.code_channels is not None
 
     def use_codebook(self, codebook: Tensor) -> None:

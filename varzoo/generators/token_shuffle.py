@@ -112,7 +112,7 @@ class TokenShuffle(CausalGenerator):
             self.unshuffle = nn.ModuleList(Unshuffle(width=width, ids=ids, blocks=blocks) for _ in range(heads))
 
     @property
-    def conditioner(self) -> Conditioner:
+    def conditioner(self) -> Conditioner:  # type: ignore[override]  # follows from its parts
         return self.backbone.conditioner
 
     def embed(self, ids: Tensor) -> Tensor:

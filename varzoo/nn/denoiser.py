@@ -102,7 +102,8 @@ class ConditionedDenoiser:
         rows = self.condition.numel() // self.condition.shape[-1]
         per_step = rows * sum(layer.modulation.out_features for layer in layers)
         self.chunk = MODULATION_NUMBERS // max(1, per_step)
-        self._first, self._modulation = -1, []
+        self._first = -1
+        self._modulation: list[Tensor] = []
 
     def __call__(self, noised: Tensor, k: int) -> Tensor:
         """noised `[..., C]`, whose leading axes may be fewer than the condition's; k counts the times."""

@@ -53,6 +53,8 @@ class DiffusionTransformer(Denoiser):
         depth, heads, mlp_ratio: of the transformer.
     """
 
+    positions: Tensor
+
     def __init__(self, *, grid: tuple[int, int], channels: int, out_channels: int, condition_width: int, width: int,
                  depth: int, heads: int, mlp_ratio: float) -> None:
         if width % 4 or width % heads:

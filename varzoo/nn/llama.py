@@ -128,7 +128,7 @@ class LlamaStack(nn.Module):
             `[B, n, width]`, normed, from every exit, the earliest first.
         """
         norms = [*self.early_norms, self.norm]
-        hidden = []
+        hidden: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             x = block(x, rows, sight, cache, layer, slots)
             if layer >= len(self.blocks) - len(norms):

@@ -32,6 +32,10 @@ class Quantised(NamedTuple):
 class Codebook(nn.Module):
     """K code vectors, the moving averages of how often each is chosen, and of the sums of what it is chosen for."""
 
+    vectors: Tensor
+    counts: Tensor
+    sums: Tensor
+
     def __init__(self, size: int, channels: int) -> None:
         super().__init__()
         vectors = torch.empty(size, channels).uniform_(-1 / size, 1 / size)

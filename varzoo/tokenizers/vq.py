@@ -56,6 +56,8 @@ class VQTokenizer(Tokenizer):
     Tokens are ids `[B, N]` int64 in raster order; `spec.shape` is the latent grid.
     """
 
+    recent_ids: Tensor
+
     def __init__(self, *, image_size: int | Sequence[int], width: int, multipliers: Sequence[int],
                  blocks_per_level: int, z_channels: int, codebook_size: int, codebook_dim: int, l2_norm: bool,
                  commitment: float, entropy_weight: float, decoder_multipliers: Sequence[int] | None = None,

@@ -111,6 +111,9 @@ class QueryEncoder(nn.Module):
         code_channels: of the latents.
     """
 
+    rotary: Tensor
+    visible: Tensor
+
     def __init__(self, *, image_size: Sequence[int], patch_size: int, width: int, depth: int, queries: int,
                  query_rank: int | None, rotary_base: float, code_channels: int) -> None:
         super().__init__()
@@ -221,6 +224,8 @@ class VelocityNetwork(nn.Module):
         shared_time: one embedding of the time for all blocks (the released model has one each).
         modulated_output: modulate the output by the time, which then is shared.
     """
+
+    rotary: Tensor
 
     def __init__(self, *, image_size: Sequence[int], patch_size: int, width: int, depth: int, context_width: int,
                  rotary_base: float, shared_time: bool, modulated_output: bool) -> None:

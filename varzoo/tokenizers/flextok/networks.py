@@ -73,6 +73,8 @@ class Patches(nn.Module):
         position_scaling: "absolute" crops the table to the grid, "interpolate" resizes it.
     """
 
+    table: Tensor
+
     def __init__(self, *, channels: int, patch_size: int, width: int, position_grid: tuple[int, int],
                  position_scaling: str) -> None:
         super().__init__()
