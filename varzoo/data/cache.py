@@ -192,7 +192,8 @@ class _Writer:
         self._arrays = {}
         for name, array in first.items():
             settings = {"mode": "w+", "dtype": array.dtype, "shape": (len(dataset), *array.shape[1:])}
-            create_once(partial / name, lambda path, with_=settings: np.lib.format.open_memmap(path, **with_).flush())
+            create_once(partial / name, lambda path, with_=settings: (  # type: ignore[misc]  # one argument is given
+                np.lib.format.open_memmap(path, **with_).flush()))
             self._arrays[name] = np.lib.format.open_memmap(partial / name, mode="r+")
         self._log = partial / f"finished-{rank}.log"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
@@ -63,6 +64,7 @@ class Denoiser(nn.Module, ABC):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        layer: Any
         for layer in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.linear):

@@ -34,7 +34,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads, qkv_bias=True)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]  # timm takes any
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, hidden: Tensor, modulation: Tensor) -> Tensor:

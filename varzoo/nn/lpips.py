@@ -177,7 +177,7 @@ def _find_backbone(net: str) -> Path:
 
 
 def _shipped_heads(net: str) -> Path:
-    package = Path(importlib.util.find_spec("torchmetrics").origin).parent
+    package = Path(importlib.util.find_spec("torchmetrics").origin).parent  # type: ignore[union-attr, arg-type]
     return package / "functional" / "image" / "lpips_models" / f"{net}.pth"
 
 

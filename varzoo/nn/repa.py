@@ -51,7 +51,7 @@ class Target:
     def _network(self) -> Any:
         """Raises FileNotFoundError where the weights are missing, saying where to put them and how to do without."""
         path = self._find()
-        network = timm.create_model(self.model, pretrained=False, num_classes=0, img_size=self.image_size)
+        network: Any = timm.create_model(self.model, pretrained=False, num_classes=0, img_size=self.image_size)
         load_strictly(network, checkpoint_filter_fn(read_weights(path), network), str(path))  # resizes positions
         return network.eval().requires_grad_(False)
 

@@ -110,7 +110,7 @@ class KLTokenizer(Tokenizer):
         if tokens.ndim != 3 or tokens.shape[1:] != (self.spec.length, self.spec.size):
             raise ValueError(f"expected tokens [B, {self.spec.length}, {self.spec.size}] for {self.spec}, "
                              f"got {list(tokens.shape)}.")
-        latents = unpatchify(tokens / self.scale + self.shift, self.patch_size, self.spec.shape)
+        latents = unpatchify(tokens / self.scale + self.shift, self.patch_size, self.spec.grid)
         return self.decoder(self.post_quant_conv(latents))
 
     def moments(self, images: Tensor) -> Tensor:

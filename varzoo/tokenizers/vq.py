@@ -140,7 +140,7 @@ class VQTokenizer(Tokenizer):
         }
         if self.entropy_weight:
             parts["entropy"] = self.entropy_weight * entropy_loss(-squared_distances(latents, self.codebook()))
-        total = sum(parts.values())
+        total = sum(parts.values(), torch.zeros((), device=latents.device))
         reconstructions = self._paint(self._grid(latents + (codes - latents).detach()))
         statistics = {"codebook_usage": self._usage(ids), "perplexity": perplexity(ids, self.spec.size)}
         return reconstructions, Losses(total, {name: part.detach() for name, part in (parts | statistics).items()})

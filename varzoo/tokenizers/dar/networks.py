@@ -7,6 +7,7 @@ some: before the branches of encoder and contexts, and on queries and keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
@@ -78,6 +79,7 @@ class Attention(nn.Module):
         k = k if key_rows is None else rotate(k, key_rows)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         if cache is not None:
+            assert slots is not None, "a cache is written at slots"
             k, v = cache.update(layer, slots, k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -240,6 +242,7 @@ class VelocityNetwork(nn.Module):
         self.head = nn.Linear(width, 3 * patch_size**2)
         initialise(self, width)
         self.input = nn.Linear(3 * patch_size**2, width)
+        layer: Any
         for layer in (self.head, self.output_modulation, *(block.modulation for block in self.blocks)):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
