@@ -62,8 +62,11 @@ def reduced(edges: dict[str, set[str]]) -> dict[str, set[str]]:
 def mermaid() -> str:
     """The package graph as a Mermaid block; what an arrow's chain implies is not drawn again."""
     edges = reduced(package_edges())
-    order = [name for name in TopologicalSorter(edges).static_order() if edges.get(name)]
-    lines = [f"    {name} --> {' & '.join(sorted(edges[name]))}" for name in reversed(order)]
+    height: dict[str, int] = {}  # the longest way down
+    for name in TopologicalSorter(edges).static_order():
+        height[name] = 1 + max((height[other] for other in edges.get(name, ())), default=-1)
+    order = sorted((name for name, others in edges.items() if others), key=lambda name: (-height[name], name))
+    lines = [f"    {name} --> {' & '.join(sorted(edges[name]))}" for name in order]
     return "\n".join(["graph TD", *lines, ""])
 
 

@@ -49,6 +49,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_configs_exist(page: Path) -> None:
     text, chosen = page.read_text(), r"(?:^|[\s`]){}=([a-z]\w*)(?=[\s`]|$)"  # not keyword arguments in Python code
+    text = text.replace("experiment=digits_chain", "")  # of the page about systems outside of varzoo
     for group in ("experiment", "trainer", "objective", "learning_rate"):
         for name in re.findall(chosen.format(group), text, re.MULTILINE):
             compose_config("train", [f"{group}={name}"])
