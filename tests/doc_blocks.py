@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from varzoo.configs import list_configs
 from varzoo.core.checkpoint import save_weights
 from varzoo.loading import (
     GENERATOR_FILE,
     TOKENIZER_FILE,
     build,
     compose_config,
-    list_configs,
     load_generator,
     load_tokenizer,
     node_of,

@@ -26,12 +26,13 @@ from tests.doc_blocks import Block, blocks_of, official_file, untrained_run
 from tests.test_text import make_encoder
 from varzoo.cli import evaluate, options, train, zoo
 from varzoo.cli import sample as sampling
+from varzoo.configs import list_configs
 from varzoo.core.spec import require_same_tokens
 from varzoo.data import Digits
 from varzoo.eval.features import ClassifierFeatures
 from varzoo.eval.protocol import find_protocol
 from varzoo.hub import PUBLISHED
-from varzoo.loading import build, compose_config, list_configs
+from varzoo.loading import build, compose_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

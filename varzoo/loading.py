@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import fnmatch
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +17,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from varzoo.configs import list_models
 from varzoo.core.checkpoint import existing, load_strictly, read_config, read_weights
 from varzoo.core.draws import Draws
 from varzoo.core.errors import unknown
@@ -236,32 +235,12 @@ def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-@contextlib.contextmanager
-def configs() -> Iterator[GlobalHydra]:
-    """Hydra on the package's configs and $VARZOO_CONFIGS; inside of a Hydra application, on the application's own."""
-    if GlobalHydra.instance().is_initialized():
-        yield GlobalHydra.instance()
-        return
-    with initialize_config_module("varzoo.configs", version_base="1.3"):
-        yield GlobalHydra.instance()
-
-
 def compose_config(name: str, overrides: list[str]) -> DictConfig:
-    """Compose one of the configs outside of a Hydra application."""
-    with configs():
+    """Compose one of the package's configs outside of a Hydra application."""
+    if GlobalHydra.instance().is_initialized():
         return compose(name, overrides)
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models (tokenizer, generator and sampler settings together) that `load` takes."""
-    return list_configs("model", pattern)
-
-
-def list_configs(group: str, pattern: str = "*") -> list[str]:
-    """Names of the configs of a group that a shell pattern matches; those that others are made of are left out."""
-    with configs() as hydra:
-        names = hydra.config_loader().get_group_options(group, config_name="sample")  # for its search path
-    return [name for name in names if fnmatch.fnmatch(name, pattern) and not name.startswith("_")]
+    with initialize_config_module("varzoo.configs", version_base="1.3"):
+        return compose(name, overrides)
 
 
 def load(name_or_path: str | Path, *, checkpoint: str | Path | None = None,
