@@ -128,7 +128,7 @@ def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     match words:
         case ["make", target]:
             assert f"\n{target}:" in (ROOT / "Makefile").read_text()
-        case ["python", "train.py", *overrides]:
+        case ["python", "train.py", *overrides] | ["torchrun", "--nproc-per-node", _, "train.py", *overrides]:
             run_training(tuple(overrides), monkeypatch)
         case ["python", "sample.py", *overrides] if any("=runs/" in override for override in overrides):
             few = ["per_class=1", *(["labels=[3]"] if not {"labels", "output"} & settings(overrides).keys() else [])]
@@ -163,7 +163,8 @@ def once(overrides: tuple[str, ...]) -> SimpleNamespace:
 def run_training(overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     config, said = compose_config("train", list(overrides)), once(overrides)
     assert ("objective" in settings(overrides)) <= (config.generator is None), "objectives train tokenizers"
-    if config.trainer.accelerator != "cpu" or config.data.train.get("root") not in (None, "FOLDER") \
+    alone = config.trainer.accelerator == "cpu" and config.trainer.devices == 1
+    if not alone or config.data.train.get("root") not in (None, "FOLDER") \
             or config.batch_size > 64:
         with torch.device("meta"):
             build(config.generator if config.tokenizer is None else config.tokenizer)
@@ -172,7 +173,8 @@ def run_training(overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) ->
             if needed is not None:
                 untrained_run(Path("runs").resolve(), Path(needed).name)
         warm = ["learning_rate.warmup=0"] if "warmup" in config.learning_rate else []
-        monkeypatch.setattr(sys, "argv", ["train.py", *overrides, *BRIEFLY, *warm, f"run_dir=trained/{config.name}"])
+        monkeypatch.setattr(sys, "argv", ["train.py", *overrides, *BRIEFLY, *warm,
+                                          f"run_dir=trained/{len(list(Path('trained').glob('*')))}"])
         train.main()
         said.seen = True
 
