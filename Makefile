@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint clean
+.PHONY: demo test types clean
 
 demo: $(VENV)/installed  ## train, sample and score on real digits
 	$(VENV)/bin/python -m varzoo.demo
@@ -9,6 +9,9 @@ demo: $(VENV)/installed  ## train, sample and score on real digits
 test: $(VENV)/installed  ## the tests
 	$(VENV)/bin/ruff check .
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+types: $(VENV)/installed  ## the type checker
+	$(VENV)/bin/python -m mypy
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

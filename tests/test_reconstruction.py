@@ -19,7 +19,7 @@ def objective(**options) -> ReconstructionObjective:
 
 
 def adversarial(**options) -> ReconstructionObjective:
-    return objective(**({"discriminator": PatchGAN(width=8, num_layers=2), "adversarial_weight": 0.5} | options))
+    return objective(**({"discriminator": PatchGAN(width=8, depth=2), "adversarial_weight": 0.5} | options))
 
 
 def pair(size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,16 +125,16 @@ def test_swapped_losses_are_the_official_fault() -> None:
 
 def test_official_discriminator_size() -> None:
     """VQGAN's with 64 channels and 3 layers: 2.77 M parameters, logits of overlapping 70-pixel patches."""
-    model = PatchGAN(width=64, num_layers=3)
+    model = PatchGAN(width=64, depth=3)
     assert sum(p.numel() for p in model.parameters()) == 2_765_633
     assert model(torch.zeros(2, 3, 256, 128)).shape == (2, 1, 30, 14)
 
 
-@pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_smallest_images(num_layers: int) -> None:
-    model = PatchGAN(width=4, num_layers=num_layers)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_smallest_images(depth: int) -> None:
+    model = PatchGAN(width=4, depth=depth)
     assert model(torch.zeros(2, 3, model.smallest, model.smallest)).shape == (2, 1, 1, 1)
-    with pytest.raises(ValueError, match="fewer num_layers"):
+    with pytest.raises(ValueError, match="smaller depth"):
         model(torch.zeros(2, 3, model.smallest - 1, model.smallest))
 
 

@@ -118,7 +118,7 @@ def test_a_finished_run_is_left_alone(generator_run: Path) -> None:
 
 
 def test_an_adversary_takes_its_turn(tmp_path: Path) -> None:
-    adversary = ["objective.discriminator={_target_: varzoo.nn.patchgan.PatchGAN, width: 8, num_layers: 1}",
+    adversary = ["objective.discriminator={_target_: varzoo.nn.patchgan.PatchGAN, width: 8, depth: 1}",
                  "objective.adversarial_weight=0.5", "objective.adaptive=true", "objective.adversarial_start=2"]
     folder = train(compose_config("train", ["experiment=smoke_vq", f"run_dir={tmp_path / 'run'}", "log_every=1",
                                             "samples_every=0", *adversary]))

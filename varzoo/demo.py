@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from copy import copy
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -97,7 +98,7 @@ class Judge:
 
 def guided(model: Model, scale: float) -> Model:
     """The model with another guidance scale, its schedule kept."""
-    sampler = copy(model.sampler)
+    sampler: Any = copy(model.sampler)
     sampler.guidance = with_scale(sampler.guidance, scale)
     return replace(model, sampler=sampler)
 
@@ -105,7 +106,7 @@ def guided(model: Model, scale: float) -> Model:
 def report(folder: Path, table: dict[str, Scores], metric: str) -> None:
     """Print the table and write it as Markdown."""
     lines = [f"| images | {metric} | label accuracy | inception score |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {scores.fd:.2f} | {100 * scores.accuracy:.1f} % | {scores.inception_score:.2f} |"
+    lines += [f"| {name} | {scores.fd:.2f} | {100 * (scores.accuracy or 0):.1f} % | {scores.inception_score:.2f} |"
               for name, scores in table.items()]
     with atomic_path(folder / "scores.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n")

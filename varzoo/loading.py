@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +15,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
+from varzoo.configs import list_models
 from varzoo.core.checkpoint import existing, load_strictly, read_config, read_weights
 from varzoo.core.draws import Draws
 from varzoo.core.errors import unknown
@@ -56,7 +55,7 @@ class Model:
                 raise unknown(f"decode option of {type(self.tokenizer).__name__}", name, self.tokenizer.options)
 
     @torch.no_grad()
-    def sample(self, condition: Condition | list[int], *, seed: int = 0, samples: range | None = None,
+    def sample(self, condition: Condition | list[int], *, seed: int = 0, samples: Sequence[int] | None = None,
                callback: Callback | None = None, preview: Callable[[Tensor], None] | None = None,
                ) -> tuple[Tensor, Counts]:
         """Draw images.
@@ -133,10 +132,8 @@ def equip(sampler: Sampler, generator: Generator, tokenizer: Tokenizer) -> None:
 
 def build(config: Mapping[str, Any] | DictConfig) -> Any:
     """Instantiate a config node. Raises ValueError with the cause, not Hydra's trace of it."""
-    if isinstance(config, DictConfig):  # resolved here, where the whole config is still around the node
-        config = OmegaConf.to_container(config, resolve=True)
     try:
-        return instantiate(config, _convert_="all")
+        return instantiate(plain(config), _convert_="all")
     except Exception as error:
         cause = error.__cause__
         if isinstance(cause, ValueError | FileNotFoundError | ImportError):
@@ -144,7 +141,16 @@ def build(config: Mapping[str, Any] | DictConfig) -> Any:
         raise
 
 
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+def plain(config: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
+    """A config node as dicts and lists, resolved here, where the whole config is still around the node."""
+    node: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
+    return dict(node)
+
+
+Network = TypeVar("Network", Tokenizer, Generator)
+
+
+def load_weights(model: Network, path: str | Path) -> Network:
     """Load a checkpoint of ours or of the official code into a model, strictly, and put it into eval mode."""
     path = existing(path)
     state = read_weights(path)
@@ -200,23 +206,25 @@ def node_of(path: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:
     if header is None and config is None:
         raise ValueError(f"{path} carries no config; name it, as in `tokenizer=vq16 tokenizer_checkpoint={path}`.")
     if header is None:
-        return corrected(config, path)
+        return corrected(config or {}, path)
     if config is not None and "vae" in config and "vae" not in header["tokenizer"]:
-        node = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-        return node | {"vae": header["tokenizer"]}
+        return plain(config) | {"vae": header["tokenizer"]}
     return header["tokenizer"]
 
 
 def corrected(config: Mapping[str, Any] | DictConfig, path: Path) -> dict[str, Any]:
     """A tokenizer's config with what an official file says of itself; every difference is reported as a warning."""
-    node = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    said, remarks = get_class(node["_target_"]).settings_of(existing(path))
+    node = plain(config)
+    kind: type[Tokenizer] = get_class(node["_target_"])
+    said, remarks = kind.settings_of(existing(path))
     ours, theirs = flattened(node), flattened(said)
     remarks += [f"{name} is {value}, where the config assumes {ours.get(name)}" for name, value in theirs.items()
                 if ours.get(name) != value]
     for remark in remarks:
         log.warning("%s: %s", path, remark)
-    return OmegaConf.to_container(OmegaConf.merge(node, said))
+    merged = OmegaConf.merge(node, said)
+    assert isinstance(merged, DictConfig)
+    return plain(merged)
 
 
 def flattened(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -233,18 +241,6 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
         return compose(name, overrides)
     with initialize_config_module("varzoo.configs", version_base="1.3"):
         return compose(name, overrides)
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models (tokenizer, generator and sampler settings together) that `load` takes."""
-    return list_configs("model", pattern)
-
-
-def list_configs(group: str, pattern: str = "*") -> list[str]:
-    """Names of the configs of a group that a shell pattern matches; those that others are made of are left out."""
-    folder = resources.files("varzoo.configs") / group
-    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    return [name for name in names if fnmatch.fnmatch(name, pattern) and not name.startswith("_")]
 
 
 def load(name_or_path: str | Path, *, checkpoint: str | Path | None = None,
@@ -288,7 +284,7 @@ def register_run(path: Path, own_sampler: bool = True) -> tuple[Path, Path]:
     tokenizer_path = existing(path.parent / TOKENIZER_FILE)
     names = ("generator", "sampler", "class_names") if own_sampler else ("generator", "class_names")
     node = {name: header[name] for name in names}
-    node["tokenizer"] = read_config(tokenizer_path)["tokenizer"]
+    node["tokenizer"] = (read_config(tokenizer_path) or {})["tokenizer"]
     ConfigStore.instance().store(name="run", group="model", node=node, package="_global_")
     return path, tokenizer_path
 
@@ -301,7 +297,7 @@ def from_config(config: DictConfig, checkpoint: str | Path | None, tokenizer_che
     published = PUBLISHED.get(config.published)
     checkpoint = checkpoint or find_published("checkpoint", config.published, config.download)
     tokenizer_checkpoint = tokenizer_checkpoint or find_published(
-        "tokenizer_checkpoint", published and published.tokenizer, config.download)
+        "tokenizer_checkpoint", None if published is None else published.tokenizer, config.download)
     return Model(tokenizer=load_tokenizer(tokenizer_checkpoint, config.tokenizer),
                  generator=load_weights(build(config.generator), checkpoint), sampler=build(config.sampler),
                  class_names=tuple(config.class_names), output_size=config.output_size,

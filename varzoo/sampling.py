@@ -44,7 +44,7 @@ class Request:
         """The condition of some of the images."""
         if self.labels is not None:
             return Condition.classes(torch.tensor([self.labels[index] for index in indices]))
-        if self.features is not None:
+        if self.features is not None and self.mask is not None:
             return Condition.text(self.features[list(indices)], self.mask[list(indices)])
         if self.ids is not None:
             return Condition.captions(self.ids[list(indices)])
@@ -92,12 +92,13 @@ def draw(model: Model, request: Request, *, seed: int, batch_size: int, indices:
 def _draw_best(model: Model, request: Request, indices: Sequence[int], rejection: Rejection, *, seed: int,
                batch_size: int, progress: bool) -> Iterator[Samples]:
     """The best candidate of every image; a batch holds all candidates of as many images as fit, of one at least."""
-    count = max(1, batch_size // rejection.candidates)
+    count, wanted = max(1, batch_size // rejection.candidates), request.labels
+    assert wanted is not None, "rejection is for class-conditional models"
     with tqdm(total=len(indices), desc="sampling", unit="image", disable=not progress) as bar:
         for start in range(0, len(indices), count):
             part = indices[start:start + count]
             candidates = [(index, sample) for index in part for sample in rejection.of(index)]
-            images, labels = [], torch.tensor([request.labels[index] for index, _ in candidates])
+            images, labels = [], torch.tensor([wanted[index] for index, _ in candidates])
             for first in range(0, len(candidates), batch_size):
                 rows, samples = zip(*candidates[first:first + batch_size])
                 images.append(model.sample(request.condition(rows), seed=seed, samples=samples)[0])

@@ -98,7 +98,7 @@ def vq_loss(case: Case) -> dict[str, Any]:
     state = case.state_dict
     load_strictly(lpips, lpips.key_maps()["llamagen"].to_ours(
         {name: value for name, value in state.items() if name.startswith("perceptual_loss.")}), "golden case")
-    discriminator = PatchGAN(width=config["disc_dim"], num_layers=config["disc_num_layers"]).train()
+    discriminator = PatchGAN(width=config["disc_dim"], depth=config["disc_num_layers"]).train()
     given = {name.removeprefix("discriminator."): value for name, value in state.items() if "discriminator." in name}
     load_strictly(discriminator, discriminator.state_dict() | given, "golden case")  # BatchNorm's statistics are fresh
     objective = ReconstructionObjective(

@@ -152,12 +152,12 @@ def _safe_open(path: Path) -> Iterator[Any]:
 class _StandIn:
     """What takes the place of a configuration class in a pickle: it becomes a dict, and runs nothing of the file's."""
 
-    def __new__(cls, *arguments: Any) -> OrderedDict[str, Any]:
+    def __new__(cls, *arguments: Any) -> OrderedDict[str, Any]:  # type: ignore[misc]  # it stands in for another
         return OrderedDict(*(argument for argument in arguments if isinstance(argument, Mapping)))
 
 
 # Classes of official files' configurations: MAR's arguments as they are, D-AR's config as a stand-in.
-_HARMLESS = [argparse.Namespace, (_StandIn, "config_util.Config")]
+_HARMLESS: list[Any] = [argparse.Namespace, (_StandIn, "config_util.Config")]
 
 
 def _plain(value: Any) -> Any:

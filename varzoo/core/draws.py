@@ -100,7 +100,7 @@ class Draws:
         uniform = self.uniform(name, size, at=at, dtype=torch.float64, **keys)
         return (uniform * high).long().clamp_(max=high - 1)
 
-    def permutation(self, name: str, n: int, **keys: int) -> Tensor:
+    def permutation(self, name: str, n: int, **keys: Any) -> Tensor:
         """A permutation of range(n) per sample `[B, n]`: the stable argsort of keyed uniforms."""
         return self.uniform(name, (n,), dtype=torch.float64, **keys).argsort(dim=-1, stable=True)
 

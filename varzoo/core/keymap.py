@@ -99,8 +99,10 @@ class Split(Rule):
     def to_official(self, key: str, state: State) -> State | None:
         # Whichever part comes first: files keep their keys in any order.
         values = next((found for name in self.ours if (found := _match(name, key)) is not None), None)
-        names = [] if values is None else [_fill(name, values) for name in self.ours]
-        if not names or any(name not in state for name in names):
+        if values is None:
+            return None
+        names = [_fill(name, values) for name in self.ours]
+        if any(name not in state for name in names):
             return None
         return {_fill(self.official, values): torch.cat([state.pop(name) for name in names])}
 

@@ -50,6 +50,13 @@ class TokenSpec:
     def layout(self) -> str:
         return LAYOUTS[len(self.shape)]
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of tokens on a grid."""
+        if len(self.shape) != 2:
+            raise ValueError(f"{self} is no grid (h, w).")
+        return self.shape[0], self.shape[1]
+
     def __str__(self) -> str:
         sides = " x ".join(map(str, self.shape))
         range_ = f"{self.size} codes" if self.kind == "discrete" else f"{self.size} channels"

@@ -246,8 +246,13 @@ def options_of_phase(options: Mapping[str, Any], phase: str = "main",
 def with_scale(guidance: Schedule | Mapping[str, Schedule], scale: float) -> Schedule | dict[str, Schedule]:
     """The same law of guidance towards another scale, in every phase."""
     if isinstance(guidance, Mapping):
-        return {phase: replace(schedule, scale=scale) for phase, schedule in guidance.items()}
-    return replace(guidance, scale=scale)
+        return {phase: _rescaled(schedule, scale) for phase, schedule in guidance.items()}
+    return _rescaled(guidance, scale)
+
+
+def _rescaled(schedule: Any, scale: float) -> Schedule:
+    """A schedule (a dataclass with a `scale`) at another scale."""
+    return replace(schedule, scale=scale)
 
 
 def needs_null_branch(guidance: Schedule | None, steps: Iterable[Step]) -> bool:

@@ -192,7 +192,8 @@ class _Writer:
         self._arrays = {}
         for name, array in first.items():
             settings = {"mode": "w+", "dtype": array.dtype, "shape": (len(dataset), *array.shape[1:])}
-            create_once(partial / name, lambda path, with_=settings: np.lib.format.open_memmap(path, **with_).flush())
+            create_once(partial / name, lambda path, with_=settings: (  # type: ignore[misc]  # one argument is given
+                np.lib.format.open_memmap(path, **with_).flush()))
             self._arrays[name] = np.lib.format.open_memmap(partial / name, mode="r+")
         self._log = partial / f"finished-{rank}.log"
 
@@ -229,7 +230,7 @@ def _compress(tokenizer: Tokenizer, images: Tensor) -> np.ndarray:
     """
     device = next((tensor.device for tensor in tokenizer.state_dict().values()), torch.device("cpu"))
     with torch.no_grad():  # view by view, so that memory does not grow with their number
-        views = [_resized(view.to(device), tuple(tokenizer.image_size)) for view in images.unbind(1)]
+        views = [_resized(view.to(device), tokenizer.image_size) for view in images.unbind(1)]
         compressed = torch.stack([tokenizer.compress(view).cpu() for view in views], 1)
     if compressed.is_floating_point():
         return compressed.float().numpy()

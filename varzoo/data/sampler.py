@@ -15,7 +15,7 @@ from varzoo.core.draws import Draws
 class Example(NamedTuple):
     """The key of one training example: which image, and at which iteration its augmentation is drawn."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which keys do not need
     iteration: int = 0
 
 

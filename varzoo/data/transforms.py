@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 from PIL import Image, ImageOps
@@ -103,7 +104,7 @@ class CenterCrop(Views):
         object.__setattr__(self, "image_size", as_size(self.image_size))
 
     @property
-    def views(self) -> int:
+    def views(self) -> int:  # type: ignore[override]  # follows from the settings
         return 2 if self.flip else 1
 
     def view(self, image: Image.Image, number: int) -> Image.Image:
@@ -132,7 +133,7 @@ class TenCrop(Views):
             raise ValueError(f"ten-crop ranges must be at least 1 and not empty, got {self.ranges}.")
 
     @property
-    def views(self) -> int:
+    def views(self) -> int:  # type: ignore[override]  # follows from the settings
         return 10 * len(self.ranges)
 
     def view(self, image: Image.Image, number: int) -> Image.Image:
@@ -175,7 +176,7 @@ class RandomCrop(Transform):
         return ImageOps.mirror(image) if self.flip and float(draws.uniform("flip")) < 0.5 else image
 
 
-AUGMENTATIONS = {
+AUGMENTATIONS: dict[str, Callable[[Size], Transform]] = {
     "none": CenterCrop,
     "flip": lambda image_size: CenterCrop(image_size, flip=True),
     "ten_crop": TenCrop,

@@ -77,7 +77,7 @@ class InceptionFeatures(FeatureExtractor):
         self.eval().requires_grad_(False)
 
     def weights_hash(self) -> str:
-        return WEIGHTS.sha256 if self.published else super().weights_hash()
+        return WEIGHTS.sha256 if self.published and WEIGHTS.sha256 else super().weights_hash()
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         output = self.activations(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ def subset_indices(samples: int, references: int, *, subsets: int, size: int, se
         raise ValueError(f"subsets of {size} need as many samples and references, got {samples} and {references}; set "
                          "a smaller subset size.")
     random = np.random.RandomState(seed)
-    return [tuple(torch.from_numpy(random.choice(count, size, replace=False)) for count in (samples, references))
-            for _ in range(subsets)]
+    def drawn(count: int) -> Tensor:
+        return torch.from_numpy(random.choice(count, size, replace=False))
+
+    return [(drawn(samples), drawn(references)) for _ in range(subsets)]
 
 
 def polynomial_mmd(x: Tensor, y: Tensor, *, degree: int = 3, gamma: float | None = None, coef0: float = 1.0) -> float:
@@ -38,7 +41,7 @@ def polynomial_mmd(x: Tensor, y: Tensor, *, degree: int = 3, gamma: float | None
 
 
 def kernel_distance(samples: Tensor, references: Tensor, indices: Iterable[tuple[Tensor, Tensor]],
-                    **kernel: float | None) -> tuple[float, float]:
+                    **kernel: Any) -> tuple[float, float]:
     """Mean and population standard deviation of `polynomial_mmd` over subsets (`subset_indices`)."""
     values = [polynomial_mmd(samples[own], references[theirs], **kernel) for own, theirs in indices]
     return float(np.mean(values)), float(np.std(values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,6 +27,10 @@ class PretrainedFeatures(FeatureExtractor):
         weights: its file; None: looked for as `WeightsFile.find` says.
         download: fetch the published file if it is nowhere.
     """
+
+    mean: Tensor
+    std: Tensor
+    network: Any
 
     WEIGHTS: WeightsFile
     resize = "bicubic, antialiased, to 224"
@@ -77,7 +82,7 @@ class DinoFeatures(PretrainedFeatures):
                           origin="facebookresearch/dinov2's README")
 
     def build(self, state: dict[str, Tensor], source: str) -> torch.nn.Module:
-        network = timm.create_model("vit_large_patch14_dinov2", pretrained=False, num_classes=0, img_size=224)
+        network: Any = timm.create_model("vit_large_patch14_dinov2", pretrained=False, num_classes=0, img_size=224)
         load_strictly(network, checkpoint_filter_fn(state, network), source)
         return network
 

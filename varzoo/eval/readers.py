@@ -76,8 +76,10 @@ class SampleReader:
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the first sample."""
         if self.path.is_file():
-            return tuple(self._header[0][-3:-1])
-        return tuple(self._read_file(self._files[0])[0].shape[1:])
+            height, width = self._header[0][-3:-1]
+        else:
+            height, width = self._read_file(self._files[0])[0].shape[1:]
+        return height, width
 
     @property
     def frames(self) -> int:

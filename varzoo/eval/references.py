@@ -12,6 +12,7 @@ import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class Reference:
         if self.features is not None:
             arrays["features"] = self.features.numpy()
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
 
     @classmethod
     def read(cls, path: str | Path, kind: str | None = None) -> Reference:
@@ -110,7 +111,7 @@ class Reference:
         except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is no file of reference statistics: {error}.") from error
         about = json.loads(str(arrays[TEXT])) if TEXT in arrays else {}
-        known = about.get("type"), about.get("name")
+        known: tuple[Any, Any] = about.get("type"), about.get("name")
         if not about:
             known = KNOWN.get(path.name, (None, path.name))
         if kind is None and known[0] is None:
@@ -129,8 +130,11 @@ class Reference:
             return Gaussian(values, covariance)
 
         extractor = about.get("extractor")
+        whole = gaussian("mean", "mu", "sigma")
+        if whole is None:
+            raise ValueError(f"{path} holds no statistics mu and sigma.")
         return cls(
-            gaussian=gaussian("mean", "mu", "sigma"), spatial=gaussian("mean_s", "mu_s", "sigma_s"), name=known[1],
+            gaussian=whole, spatial=gaussian("mean_s", "mu_s", "sigma_s"), name=known[1],
             kind=kind or known[0], count=about.get("count"), extractor=tuple(extractor) if extractor else None,
             features=torch.from_numpy(arrays["features"]) if "features" in arrays else None,
             covariance=about.get("covariance", "unbiased"))

@@ -102,9 +102,11 @@ class Scorer:
         self.device = extractor.device
         self.samples = SampleSet(count)
         self.labelled = torch.zeros(2, dtype=torch.int64, device=self.device)  # right, all
-        settings = {"count": count, "device": self.device}
+        settings: dict[str, Any] = {"count": count, "device": self.device}
         self.moments = Moments(dim=extractor.dim, **settings)
-        self.spatial = Moments(dim=extractor.spatial_dim, **settings) if "sfd" in metrics else None
+        self.spatial = None
+        if "sfd" in metrics and extractor.spatial_dim is not None:
+            self.spatial = Moments(dim=extractor.spatial_dim, **settings)
         self.inception = InceptionScore(classes=extractor.classes, assignment=IS_FORMULAS[is_formula](count, splits),
                                         device=self.device) if "inception_score" in metrics else None
         keeps = self.metrics & {"precision_recall", "kid"}
@@ -160,14 +162,15 @@ class Scorer:
         mean, std = (None, None) if self.inception is None else self.inception.result()
         right, labelled = self.labelled.tolist()
         values: dict[str, float] = {}
-        if self.spatial is not None:
+        if self.spatial is not None and reference.spatial is not None:
             values["sfd"] = frechet_distance(self.spatial.gaussian(biased=self.biased), reference.spatial)
-        if "precision_recall" in self.metrics:
+        own, theirs = None if self.bank is None else self.bank.features, reference.features
+        if "precision_recall" in self.metrics and own is not None and theirs is not None:
             values["precision"], values["recall"] = precision_recall(
-                self.bank.features, reference.features, half=self.half, distributed=distributed)
-        if "kid" in self.metrics:
-            rows = subset_indices(self.count, len(reference.features), subsets=self.kid_subsets, size=self.kid_size)
-            values["kid"], values["kid_std"] = kernel_distance(self.bank.features, reference.features, rows)
+                own, theirs, half=self.half, distributed=distributed)
+        if "kid" in self.metrics and own is not None and theirs is not None:
+            rows = subset_indices(self.count, len(theirs), subsets=self.kid_subsets, size=self.kid_size)
+            values["kid"], values["kid_std"] = kernel_distance(own, theirs, rows)
         distance = frechet_distance(self.moments.gaussian(biased=self.biased), reference.gaussian)
         return Scores(distance, mean, std, right / labelled if labelled == self.count else None, self.count, **values)
 

@@ -109,7 +109,7 @@ class NpzFile(SampleWriter):
         self._labels = self._array("labels", (count,), np.int64)
         self._state = self._array("state", (count,), np.uint8)  # 0 missing, 1 there, 2 there and labelled
 
-    def _array(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    def _array(self, name: str, shape: tuple[int, ...], dtype: type) -> np.memmap:
         path = self._partial / f"{name}.npy"
         create_once(path, lambda new: np.lib.format.open_memmap(new, mode="w+", dtype=dtype, shape=shape).flush())
         return np.lib.format.open_memmap(path, mode="r+")

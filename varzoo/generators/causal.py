@@ -138,16 +138,20 @@ class CausalGenerator(Generator):
     def new_cache(self, batch: int, spare: int = 0) -> KVCache:
         """An empty cache of all slots, and some more."""
 
-    @abstractmethod
     def project(self, head: int, features: Tensor) -> Tensor:
-        """Features `[B, n, width]` of positions -> logits `[B, n, V]` or `[B, n, D, V]`, by an affine map."""
+        """Features `[B, n, width]` of positions -> logits `[B, n, V]` or `[B, n, D, V]`, by an affine map.
+
+        Generators have one unless they make a `prediction` of their own, as RQ-Transformer does.
+        """
+        raise TypeError(f"{type(self).__name__} has no map from features to logits: its prediction is "
+                        f"{self.predicts['main'].__name__}.")
 
     def features(self, head: int, hidden: Tensor) -> Tensor:
         """Hidden states `[B, m, width]` that a head reads -> features `[B, m k, width]` of the ids it predicts."""
         return hidden
 
     @property
-    def offers(self) -> frozenset[str]:
+    def offers(self) -> frozenset[str]:  # type: ignore[override]  # follows from its parts
         """"verify", where a step draws one cell from the one before it, by logits: drafts can be verified in a row."""
         one_by_one = set(self.order.sizes) == {1} and len(self.order.sources) == 1
         return frozenset({"verify"}) if one_by_one and self.predicts["main"] is Categorical else frozenset()
@@ -159,7 +163,7 @@ class CausalGenerator(Generator):
                 "steps after it would have to be right in every one of them")
 
     @property
-    def num_classes(self) -> int | None:
+    def num_classes(self) -> int | None:  # type: ignore[override]  # follows from its parts
         return self.conditioner.num_classes
 
     def check_condition(self, condition: Condition) -> None:
@@ -328,7 +332,9 @@ class CausalDecoding(OpenDecoding):
         features = self.generator.read(self._feed(step), turn)
         if self.branches == 2:
             # Heads are affine, so guided features give guided logits, at half the work of guiding the logits.
-            features = [guide(part, self.guidance(step)) for part in features]
+            assert self.guidance is not None, "a null branch is there for guidance"
+            scale = self.guidance(step)
+            features = [guide(part, scale) for part in features]
         return self.generator.prediction(features, turn, step.positions)
 
     def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:

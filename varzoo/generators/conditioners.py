@@ -54,26 +54,30 @@ class ClassPrefix(Conditioner):
 
     length = 1
 
+    num_classes: int
+
     def __init__(self, *, num_classes: int, width: int, drop: float) -> None:
         super().__init__()
         self.num_classes, self.drop = num_classes, drop
         self.table = nn.Embedding(num_classes + (drop > 0), width)
 
     def forward(self, condition: Condition, dropped: Tensor | None = None) -> Tensor:
-        labels = condition.labels
-        if labels is None:
-            labels = self.null(condition).labels
+        labels = self.null_labels(condition) if condition.labels is None else condition.labels
         if dropped is not None:
             labels = labels.masked_fill(dropped, self.num_classes)
         return self.table(labels)[:, None]
 
     def null(self, condition: Condition) -> Condition:
+        return Condition.classes(self.null_labels(condition))
+
+    def null_labels(self, condition: Condition) -> Tensor:
+        """The null class `[B]`."""
         if self.drop == 0:
             raise ValueError(
                 "this model was trained without dropping its class (drop=0), so it has no null class: sample with "
                 "labels and without guidance."
             )
-        return Condition.classes(torch.full((condition.size,), self.num_classes, device=self.table.weight.device))
+        return torch.full((condition.size,), self.num_classes, device=self.table.weight.device)
 
     def check(self, condition: Condition) -> None:
         if condition.features is not None:
@@ -91,6 +95,7 @@ class TextPrefix(Conditioner):
         padding_sees: see `Conditioner`.
     """
 
+    null_features: Tensor
     num_classes = None
 
     def __init__(self, *, length: int, channels: int, width: int, drop: float, padding_sees: str = "itself") -> None:
@@ -103,13 +108,12 @@ class TextPrefix(Conditioner):
         self.register_buffer("null_features", torch.randn(length, channels) / channels**0.5)
 
     def forward(self, condition: Condition, dropped: Tensor | None = None) -> Tensor:
-        features = condition.features
-        if features is None:
-            features = self.null(condition).features
         self.check(condition)
+        null = self.null_features.expand(condition.size, -1, -1)
+        features = null if condition.features is None else condition.features
         if dropped is not None:
             features = torch.where(dropped[:, None, None], self.null_features, features)
-        return self.projection(features.to(self.projection[0].weight.dtype))
+        return self.projection(features.to(next(self.projection.parameters()).dtype))
 
     def null(self, condition: Condition) -> Condition:
         features = self.null_features.expand(condition.size, -1, -1)

@@ -82,13 +82,14 @@ class Drafter(Generator):
         if self._target is None:
             raise ValueError("a drafter learns the hidden states of a target and was given none: name its run, as in "
                              "target_checkpoint=runs/digits_llamagen.")
+        assert isinstance(self._target.generator, LlamaGenerator)  # as `require_fit` saw
         return self._target.generator
 
     def use_target(self, target: Generator) -> None:
         """Learn from a generator, which is frozen and no part of this one; embed tokens by one of its tables."""
         self.require_fit(target)
         self._target = Lent(target.eval().requires_grad_(False))
-        source = target.embedding if self.table == "embedding" else target.head
+        source: Any = target.embedding if self.table == "embedding" else target.head
         self.embedding.weight.data.copy_(source.weight)
 
     def require_fit(self, target: Generator) -> None:

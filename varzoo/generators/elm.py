@@ -89,6 +89,8 @@ class MaskedELM(Generator):
         smoothing: of the labels.
     """
 
+    rotary: Tensor
+
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": Categorical}
 
     def __init__(self, *, spec: TokenSpec, conditioner: ClassPrefix, width: int, depth: int, heads: int,
@@ -110,7 +112,7 @@ class MaskedELM(Generator):
         self.apply(initialise)
 
     @property
-    def num_classes(self) -> int | None:
+    def num_classes(self) -> int | None:  # type: ignore[override]  # follows from its parts
         return self.conditioner.num_classes
 
     def logits(self, tokens: Tensor, masked: Tensor, condition: Condition, dropped: Tensor | None = None) -> Tensor:
@@ -192,11 +194,12 @@ class MaskedELMDecoding(Decoding):
         masked = self._masked.scatter(1, step.positions, True)
         logits = torch.cat([self.generator.logits(self.tokens, masked, condition) for condition in self._conditions])
         if len(self._conditions) == 2:
+            assert self.guidance is not None, "a null branch is there for guidance"
             logits = guide(logits, self.guidance(step))
         logits = take(logits, step.positions)
         return Categorical(logits=logits, positions=step.positions, redraw=step.index, carry=logits)
 
-    def commit(self, step: Step, tokens: Tensor, carry: Tensor) -> None:
+    def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:
         """Take the tokens and, of the positions drawn, mask the `step.left` of the least confidence anew.
 
         Args:

@@ -69,6 +69,8 @@ class HiMAR(MaskedDiffusion):
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {
         "pivot": DiffusionPrediction, "dense": MapDiffusionPrediction}
 
+    backbone: ScaleAwareViT
+
     def __init__(self, *, spec: TokenSpec, pivot_shape: Sequence[int], num_classes: int, encoder_width: int,
                  encoder_depth: int, encoder_heads: int, decoder_width: int, decoder_depth: int, decoder_heads: int,
                  mlp_ratio: float, buffer_size: int, norm_eps: float, head_width: int, head_depth: int,
@@ -102,7 +104,7 @@ class HiMAR(MaskedDiffusion):
         self.pivot_head = DiffusionMLP(channels=spec.size, out_channels=2 * spec.size, condition_width=decoder_width,
                                        width=head_width, depth=head_depth)
         self.dense_head = DiffusionTransformer(
-            grid=tuple(spec.shape), channels=spec.size, out_channels=spec.size, condition_width=decoder_width,
+            grid=spec.grid, channels=spec.size, out_channels=spec.size, condition_width=decoder_width,
             width=map_head_width, depth=map_head_depth, heads=map_head_heads, mlp_ratio=map_head_mlp_ratio)
 
     def hidden_pivots(self, pivots: Tensor, visible: Tensor, vectors: Tensor, at: Tensor) -> Tensor:
@@ -229,7 +231,7 @@ class HiMAR(MaskedDiffusion):
             *(Rename(official, ours) for official, ours in names.items()),
             *self.common_rules(),
             *diffusion_mlp_rules("diffloss.net.", "pivot_head."),
-            *diffusion_transformer_rules("cond_diffloss.net.", "dense_head.", tuple(self.spec.shape),
+            *diffusion_transformer_rules("cond_diffloss.net.", "dense_head.", self.spec.grid,
                                          self.dense_head.input.out_features),
         ])}
 
@@ -271,7 +273,8 @@ class HiMARDecoding(Decoding):
         branches = len(vectors) // len(self.vectors)
         known = self._known[step.phase].scatter(1, step.positions, False)
         visible = known_positions(known).repeat(branches, 1)
-        shared = {"scale": scale, "positions": step.positions, "process": generator.process, "phase": step.phase}
+        shared: dict[str, Any] = {"scale": scale, "positions": step.positions, "process": generator.process,
+                                  "phase": step.phase}
         if step.phase == "pivot":
             hidden = generator.hidden_pivots(self.pivots.repeat(branches, 1, 1), visible, vectors,
                                              step.positions.repeat(branches, 1)).unflatten(0, (branches, -1))

@@ -29,6 +29,9 @@ class LlamaGenerator(CausalGenerator):
         attention_dropout, mlp_dropout: dropout on the outputs of attention and MLP.
     """
 
+    rotary: Tensor
+    slots: Tensor
+
     def __init__(self, *, spec: TokenSpec, conditioner: Conditioner, order: Order, rows: Tensor, width: int,
                  depth: int, heads: int, multiple_of: int, norm_eps: float, token_dropout: float,
                  attention_dropout: float, mlp_dropout: float) -> None:
@@ -47,7 +50,7 @@ class LlamaGenerator(CausalGenerator):
         return self.embedding(ids)
 
     @property
-    def offers(self) -> frozenset[str]:
+    def offers(self) -> frozenset[str]:  # type: ignore[override]  # follows from its parts
         """"verify" and, where a cell is one id, "features": a drafter may predict the hidden states of the stack."""
         offers, single = super().offers, self.spec.depth == 1
         return offers | {"features"} if offers and single else offers

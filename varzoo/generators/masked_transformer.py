@@ -30,6 +30,7 @@ class MaskedGenerator(Generator):
     """
 
     backbone: MaskedViT
+    num_classes: int
 
     def __init__(self, *, spec: TokenSpec, num_classes: int, width: int, class_drop: float) -> None:
         super().__init__()
@@ -75,10 +76,10 @@ class MaskedGenerator(Generator):
         """The steps of a decoding in one phase and its guidance; raises ValueError where `begin` must."""
         self.check_condition(condition)
         self.check_plan(plan)
-        guidance = of_phase(guidance)
+        schedule: Schedule | None = of_phase(guidance)
         steps = list(masked_steps(plan, draws.permutation("order", self.spec.length)))
-        needs_null_branch(guidance, steps)  # refuses what does not guide
-        return steps, guidance
+        needs_null_branch(schedule, steps)  # refuses what does not guide
+        return steps, schedule
 
     def common_rules(self, output_positions: str = "diffusion_pos_embed_learned") -> list[Rule]:
         """Key map rules of what is not a head; `output_positions` is the official name of the last table."""

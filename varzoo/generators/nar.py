@@ -50,7 +50,7 @@ class NAR(LlamaGenerator):
             token_dropout=token_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout)
         self.heads = nn.ModuleList(FewRowsLinear(width, spec.size, bias=False) for _ in range(axes))
         self.apply(initialise)
-        nn.init.zeros_(self.heads[0].weight)
+        nn.init.zeros_(next(self.heads[0].parameters()))
 
     def project(self, head: int, features: Tensor) -> Tensor:
         return self.heads[head](features)

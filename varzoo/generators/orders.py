@@ -64,7 +64,7 @@ class Turn:
     share: Tensor | None
 
     def to(self, device: torch.device) -> Turn:
-        move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
+        move: Any = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
         readings = tuple(Reading(*map(move, (reading.at, reading.pick, reading.to))) for reading in self.readings)
         return Turn(self.fed, move(self.ids), move(self.positions), readings, move(self.share))
 
@@ -108,12 +108,12 @@ class Order:
         distance = coordinates.sum(dim=1)
         cells = distance.argsort(stable=True)
         slots = prefix + cells.argsort()  # of the cells in raster order
-        sources = []
+        reads = []
         for axis in reversed(range(len(shape))):
             stride = torch.Size(shape[axis + 1:]).numel()
             inside = coordinates[cells, axis] > 0
-            sources.append(torch.where(inside, slots[(cells - stride).clamp(min=0)], -1))
-        sources = torch.stack(sources)
+            reads.append(torch.where(inside, slots[(cells - stride).clamp(min=0)], -1))
+        sources = torch.stack(reads)
         sources[:, 0] = prefix - 1
         return cls(prefix, cells, tuple(distance.bincount().tolist()), sources, cells[:, None])
 

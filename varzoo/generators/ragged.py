@@ -93,7 +93,7 @@ class RaggedDecoding(OpenDecoding):
         self._fed: Tensor | None = None
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Tensor:  # type: ignore[override]  # follows from the state
         drawn = self._ids[:, :self.cells].unflatten(2, (-1, self.generator.spec.depth))
         ahead = torch.arange(self.cells, device=drawn.device) >= self.known[:, None]
         drawn = drawn.masked_fill(ahead[..., None, None], 0)
@@ -216,6 +216,7 @@ class RaggedDecoding(OpenDecoding):
         each = lambda tensor: tensor.repeat(self.branches, 1)  # noqa: E731
         self._cache.move(each(slots), each(self.length[:, None] + place))
         samples = torch.arange(len(path), device=path.device)
+        assert self._fed is not None, "what is kept was verified before"
         kept = self._fed[samples[:, None], path.clamp(min=0)]
         cells = (self.known[:, None] + place - 1).clamp(min=0, max=self._ids.shape[1] - 1)
         kept = torch.where((path >= 0)[..., None], kept, self._ids[samples[:, None], cells])

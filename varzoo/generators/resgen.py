@@ -112,6 +112,9 @@ class ResGen(Generator):
         class_drop: probability that a sample is trained without its class.
     """
 
+    num_classes: int
+    codebook: Tensor | None
+
     embeds_codebook = True
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": MixturePrediction}
 
@@ -143,6 +146,7 @@ class ResGen(Generator):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        layer: Any
         for layer in (*(block.modulation for block in self.blocks), self.final.modulation):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -174,6 +178,7 @@ class ResGen(Generator):
         total = sum_levels(self.tables, ids, self.shown(visible)).to(self.positions.dtype)
         hidden = self.input(total) + self.visible_embed(visible) + self.positions
         vector = F.silu(self.class_embed(labels))[:, None]
+        block: Any
         for block in self.blocks:
             hidden = block(hidden, block.modulation(vector))
         return self.head(self.final(hidden, self.final.modulation(vector)))
@@ -270,7 +275,7 @@ class ResGenDecoding(Decoding):
             yield self._plan[len(self._known) - 1]
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Tensor:  # type: ignore[override]  # follows from the state
         ids = self._known[-1][0]
         return ids if self.generator.spec.depth > 1 else ids[..., 0]
 
@@ -282,10 +287,12 @@ class ResGenDecoding(Decoding):
     def predict(self, step: Step) -> MixturePrediction:
         ids, visible = self._before(step)
         mixtures = [self.generator.mixture(ids, visible, labels) for labels in self._labels]
-        mixture = mixtures[0] if len(mixtures) == 1 else mixtures[0].guided(mixtures[1], self.guidance(step))
+        mixture = mixtures[0]
+        if self.guidance is not None and len(mixtures) == 2:
+            mixture = mixture.guided(mixtures[1], self.guidance(step))
         return MixturePrediction(mixture=mixture, positions=step.positions, redraw=step.index)
 
-    def commit(self, step: Step, tokens: Tensor, carry: GaussianMixture) -> None:
+    def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:
         """Quantise the sums drawn, show some of their codes and mask the rest again.
 
         Args:

@@ -64,6 +64,9 @@ class RQTransformer(CausalGenerator):
         dropout: on the outputs of attention and MLP.
     """
 
+    codebook: Tensor | None
+    slots: Tensor
+
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": DepthPrediction}
 
     def __init__(self, *, spec: TokenSpec, conditioner: Conditioner, width: int, body_depth: int, body_heads: int,
@@ -77,7 +80,8 @@ class RQTransformer(CausalGenerator):
         self.code_channels, self.shared_table, self.cumulative = code_channels, shared_table, cumulative
         if code_channels is None:
             self.token_table = nn.Embedding(spec.size * (1 if shared_table else spec.depth), width)
-            self.input_map, self.head_map = nn.Identity(), nn.Identity()
+            self.input_map: nn.Module = nn.Identity()
+            self.head_map: nn.Module = nn.Identity()
         else:
             self.input_map, self.head_map = nn.Linear(code_channels, width), nn.Linear(code_channels, width)
         self.register_buffer("codebook", None, persistent=False)  # the tokenizer's, when they are composed
@@ -98,10 +102,13 @@ class RQTransformer(CausalGenerator):
             nn.init.normal_(positions, std=0.02)
 
     @property
-    def embeds_codebook(self) -> bool:
+    def embeds_codebook(self) -> bool:  # type: ignore[override]  # follows from its parts
         return self.code_channels is not None
 
     def use_codebook(self, codebook: Tensor) -> None:
+        if self.code_channels is None:
+            super().use_codebook(codebook)  # refuses it
+            return
         tables = code_tables(codebook, size=self.spec.size, channels=self.code_channels, levels=self.levels)
         self.codebook = tables.to(self.level_positions.device)
 
@@ -115,15 +122,14 @@ class RQTransformer(CausalGenerator):
         """Ids `[B, m, D]` -> embeddings `[B, m, width]`, positions not included."""
         return self.input_map(self.code_vectors(ids)).sum(dim=-2)
 
-    def run(self, x: Tensor, slots: slice, *, sight: Sight, cache: KVCache | None = None) -> list[Tensor]:
-        positions = torch.cat([self.prefix_positions, self.cell_positions], dim=1)
-        return [self.body(x + positions[:, slots], sight=sight, cache=cache, slots=self.slots[slots])]
+    def run(self, x: Tensor, places: slice | Tensor, *, sight: Sight, cache: KVCache | None = None,
+            slots: Tensor | None = None) -> list[Tensor]:
+        positions = torch.cat([self.prefix_positions, self.cell_positions], dim=1)[0]
+        slots = self.slots[places] if slots is None else slots
+        return [self.body(x + positions[places], sight=sight, cache=cache, slots=slots)]
 
-    def new_cache(self, batch: int) -> KVCache:
-        return self.body.new_cache(batch, len(self.slots))
-
-    def project(self, head: int, features: Tensor) -> Tensor:
-        raise TypeError("RQ-Transformer's logits depend on the codes before; see level_logits and next_logits.")
+    def new_cache(self, batch: int, spare: int = 0) -> KVCache:
+        return self.body.new_cache(batch, len(self.slots) + spare)
 
     def prediction(self, features: Sequence[Tensor], turn: Turn, positions: Tensor) -> DepthPrediction:
         return DepthPrediction(context=features[0], positions=positions, network=self)

@@ -106,13 +106,14 @@ class TokenShuffle(CausalGenerator):
             raise ValueError(f"the backbone's width {width} must be a multiple of {ids}, the tokens in a window.")
         self.width = width
         if window == 1 and blocks == 0:  # the plain backbone, with nothing to learn around it
-            self.shuffle, self.unshuffle = nn.Identity(), nn.ModuleList(nn.Identity() for _ in range(heads))
+            self.shuffle: nn.Module = nn.Identity()
+            self.unshuffle = nn.ModuleList(nn.Identity() for _ in range(heads))
         else:
             self.shuffle = Shuffle(width=width, ids=ids, blocks=blocks)
             self.unshuffle = nn.ModuleList(Unshuffle(width=width, ids=ids, blocks=blocks) for _ in range(heads))
 
     @property
-    def conditioner(self) -> Conditioner:
+    def conditioner(self) -> Conditioner:  # type: ignore[override]  # follows from its parts
         return self.backbone.conditioner
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class UnitGenerator(Generator):
 
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": FlowPrediction}
 
+    num_classes: int
     turn: Tensor
     visible: Tensor
 
@@ -137,7 +138,7 @@ class UnitDecoding(Decoding):
             yield self._plan[self._done]
 
     @property
-    def tokens(self) -> Tensor:
+    def tokens(self) -> Tensor:  # type: ignore[override]  # follows from the state
         return self._layout.merge(self._sequence)
 
     def commit(self, step: Step, tokens: Tensor, carry: Any = None) -> None:

@@ -142,7 +142,8 @@ class UnitVelocity:
         self.times = generator.time_vectors(times)
         per_step = branches * decoding.batch * generator.backbone.modulation_numbers
         self.chunk = max(1, MODULATION_NUMBERS // per_step)
-        self._first, self._modulations = -1, []
+        self._first = -1
+        self._modulations: list[Any] = []
 
     def __call__(self, x: Tensor, k: int, branches: int) -> Tensor:
         first = k - k % self.chunk

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,9 +119,10 @@ class ChannelTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for module in (self.modulation, *(block.modulation for block in self.blocks)):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+        layer: Any
+        for layer in (self.modulation, *(block.modulation for block in self.blocks)):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         for table in (self.positions, self.condition_positions):
             nn.init.normal_(table, std=0.02)
 
@@ -156,7 +158,8 @@ class ChannelTransformer(nn.Module):
     def start(self, features: Tensor) -> ChannelState:
         """Before the first channel of features `[R, feature_width]`."""
         condition = self.condition(features)
-        heads, width = self.blocks[0].attn.heads, condition.shape[-1]
+        first: Any = self.blocks[0]
+        heads, width = first.attn.heads, condition.shape[-1]
         cache = KVCache(layers=len(self.blocks), batch=len(condition), heads=heads, slots=self.channels,
                         head_dim=width // heads, dtype=condition.dtype, device=condition.device)
         return ChannelState(condition, cache)

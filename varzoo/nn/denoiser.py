@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
@@ -63,6 +64,7 @@ class Denoiser(nn.Module, ABC):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        layer: Any
         for layer in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.linear):
@@ -102,7 +104,8 @@ class ConditionedDenoiser:
         rows = self.condition.numel() // self.condition.shape[-1]
         per_step = rows * sum(layer.modulation.out_features for layer in layers)
         self.chunk = MODULATION_NUMBERS // max(1, per_step)
-        self._first, self._modulation = -1, []
+        self._first = -1
+        self._modulation: list[Tensor] = []
 
     def __call__(self, noised: Tensor, k: int) -> Tensor:
         """noised `[..., C]`, whose leading axes may be fewer than the condition's; k counts the times."""

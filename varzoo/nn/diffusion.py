@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class Diffusion:
     All tables are float64 arrays `[S]`, ascending in noise.
     """
 
-    def __init__(self, betas: np.ndarray, timesteps: Sequence[int] | None = None) -> None:
+    def __init__(self, betas: np.ndarray, timesteps: Sequence[int] | np.ndarray | None = None) -> None:
         betas = np.asarray(betas, dtype=np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas <= 1)).all():
             raise ValueError(f"betas must be a non-empty list of numbers in (0, 1], got {betas}.")
@@ -157,8 +158,8 @@ class Diffusion:
                 + (1 - share) * _at(self.posterior_log_variance_clipped, index, v))
 
 
-def _at(table: np.ndarray, index: Tensor | int, like: Tensor) -> Tensor | float:
-    """Table entries, shaped to multiply `[..., C]`; a plain number for a plain index."""
+def _at(table: np.ndarray, index: Tensor | int, like: Tensor) -> Any:
+    """Table entries, a tensor shaped to multiply `[..., C]`; a plain number for a plain index."""
     if isinstance(index, int):
         return float(table[index])
     return torch.as_tensor(table, dtype=like.dtype, device=like.device)[index][..., None]

@@ -34,7 +34,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(width, heads, qkv_bias=True)
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=partial(nn.GELU, approximate="tanh"))  # type: ignore[arg-type]  # timm takes any
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, hidden: Tensor, modulation: Tensor) -> Tensor:
@@ -52,6 +52,8 @@ class DiffusionTransformer(Denoiser):
         channels, out_channels, condition_width, width: see `Denoiser`; the width is a multiple of 4 and of `heads`.
         depth, heads, mlp_ratio: of the transformer.
     """
+
+    positions: Tensor
 
     def __init__(self, *, grid: tuple[int, int], channels: int, out_channels: int, condition_width: int, width: int,
                  depth: int, heads: int, mlp_ratio: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding
@@ -153,14 +154,15 @@ class FlowTransformer(nn.Module):
 
     def prepare(self, condition: Tensor, rows: Tensor) -> Prepared:
         """Condition `[B, n, condition_width]` at rotary rows `[n, head_dim / 2, 2]`."""
-        return Prepared(self.condition_embed(condition), [block.prepare(condition, rows) for block in self.blocks],
-                        rows)
+        blocks: Any = self.blocks
+        return Prepared(self.condition_embed(condition), [block.prepare(condition, rows) for block in blocks], rows)
 
     def forward(self, noised: Tensor, time: Tensor, prepared: Prepared) -> Tensor:
         """Velocities `[B, n, C]` of noised `[B, n, C]` at time vectors `[B or 1, width]`."""
         time = time[:, None]
         activated = F.silu(time + prepared.condition)
         x = self.input(noised)
+        block: Any
         for block, part in zip(self.blocks, prepared.blocks):
             x = block.run(x, time, activated, prepared.rows, part)
         shift, scale = self.final_modulation(activated).chunk(2, dim=-1)

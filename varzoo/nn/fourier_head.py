@@ -52,7 +52,7 @@ class FourierHead(nn.Module):
         self.coefficients = nn.Linear(in_features, 2 * (frequencies + 1))
         with torch.no_grad():
             self.coefficients.weight /= weight_divisor
-            self.coefficients.bias /= bias_divisor
+            self.coefficients.bias.div_(bias_divisor)
         edges = torch.linspace(-1, 1, out_features + 1)
         self.register_buffer("harmonics", harmonics((edges[:-1] + edges[1:]) / 2, frequencies), persistent=False)
 

@@ -29,6 +29,13 @@ class FSQ(nn.Module):
     Deviation: the published code drops the rounding for a whole packed batch at once; here it is drawn per sample.
     """
 
+    counts: Tensor
+    reach: Tensor
+    span: Tensor
+    offset: Tensor
+    shift: Tensor
+    basis: Tensor
+
     def __init__(self, *, levels: Sequence[int], unrounded: float = 0.0,
                  corrupted: tuple[float, float] = (0.0, 0.0)) -> None:
         super().__init__()

@@ -5,6 +5,8 @@ Positions are the caller's business (learned tables are added to the embeddings)
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +31,7 @@ class GPTAttention(nn.Module):
     def forward(self, x: Tensor, sight: Sight, cache: KVCache | None, layer: int, slots: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
+            assert slots is not None, "a cache is written at slots"
             k, v = cache.update(layer, slots, k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask, is_causal=sight.causal)
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
@@ -73,7 +76,8 @@ class GPTStack(nn.Module):
 
     def new_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache in the stack's dtype and on its device."""
-        weight = self.blocks[0].attention.out.weight
+        first: Any = self.blocks[0]
+        weight = first.attention.out.weight
         return KVCache(layers=len(self.blocks), batch=batch, heads=self.heads, slots=slots, head_dim=self.head_dim,
                        dtype=weight.dtype, device=weight.device)
 

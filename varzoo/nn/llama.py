@@ -54,6 +54,7 @@ class Attention(nn.Module):
         q, k = rotate(qk, rows).chunk(2, dim=2)  # turned together: half as many small operations
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         if cache is not None:
+            assert slots is not None, "a cache is written at slots"
             k, v = cache.update(layer, slots, k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask, is_causal=sight.causal)
         return self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
@@ -128,7 +129,7 @@ class LlamaStack(nn.Module):
             `[B, n, width]`, normed, from every exit, the earliest first.
         """
         norms = [*self.early_norms, self.norm]
-        hidden = []
+        hidden: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             x = block(x, rows, sight, cache, layer, slots)
             if layer >= len(self.blocks) - len(norms):

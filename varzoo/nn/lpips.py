@@ -15,6 +15,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class Backbone:
         smallest: least height and width in pixels that leave every tapped map non-empty.
     """
 
-    build: Callable[..., nn.Module]
+    build: Callable[..., Any]
     weights: WeightsEnum
     taps: Sequence[int]
     channels: Sequence[int]
@@ -53,7 +54,7 @@ class Backbone:
     def features(self) -> nn.Sequential:
         """The layers up to the last tap. The classifier, nine tenths of the parameters, is never allocated."""
         with torch.device("meta"):
-            layers = self.build(weights=None).features[: self.taps[-1] + 1]
+            layers: nn.Sequential = self.build(weights=None).features[: self.taps[-1] + 1]
         layers.to_empty(device=torch.get_default_device())
         for layer in layers:
             if isinstance(layer, nn.Conv2d):
@@ -73,6 +74,9 @@ class LPIPS(nn.Module):
     Args:
         net: "vgg" (the usual training loss) or "alex" (the usual metric).
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, net: str) -> None:
         super().__init__()
@@ -173,7 +177,7 @@ def _find_backbone(net: str) -> Path:
 
 
 def _shipped_heads(net: str) -> Path:
-    package = Path(importlib.util.find_spec("torchmetrics").origin).parent
+    package = Path(importlib.util.find_spec("torchmetrics").origin).parent  # type: ignore[union-attr, arg-type]
     return package / "functional" / "image" / "lpips_models" / f"{net}.pth"
 
 

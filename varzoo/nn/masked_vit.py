@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ def attend_at(attention: Attention, tokens: Tensor, positions: Tensor) -> Tensor
 
 def block_at(block: Block, tokens: Tensor, positions: Tensor) -> Tensor:
     """`block(tokens)` `[B, N, D]` at positions `[B, n]` alone."""
-    rows = take_rows(tokens, positions) + attend_at(block.attn, block.norm1(tokens), positions)
+    attention: Any = block.attn
+    rows = take_rows(tokens, positions) + attend_at(attention, block.norm1(tokens), positions)
     return rows + block.mlp(block.norm2(rows))
 
 
@@ -142,10 +144,11 @@ class MaskedViT(nn.Module):
 
     def stack(self) -> Stack:
         """The only pass there is."""
+        last: Any = self.decoder_blocks[-1]
         return Stack(
-            encoder_positions=self.encoder_positions[0], encoder=self.encoder_blocks, masks=self.mask_token[0],
-            decoder_positions=self.decoder_positions[0], decoder=self.decoder_blocks[:-1],
-            last_at=partial(block_at, self.decoder_blocks[-1]))
+            encoder_positions=self.encoder_positions[0], encoder=[*self.encoder_blocks], masks=self.mask_token[0],
+            decoder_positions=self.decoder_positions[0], decoder=[*self.decoder_blocks[:-1]],
+            last_at=partial(block_at, last))
 
     def encode_rows(self, rows: Tensor, visible: Tensor, condition: Tensor, stack: Stack) -> Tensor:
         """`encode` of tokens that are embedded already, rows `[B, V, encoder_width]`, by a pass."""

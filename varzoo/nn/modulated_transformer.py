@@ -57,6 +57,7 @@ class Attention(nn.Module):
         q, k = rotate(qk, rows).chunk(2, dim=2)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         if cache is not None:
+            assert slots is not None, "a cache is written at slots"
             k, v = cache.update(layer, slots, k, v)
         dropout = self.attention_dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

@@ -13,27 +13,27 @@ from torch import Tensor, nn
 
 
 class PatchGAN(nn.Module):
-    """4x4 convolutions: `num_layers` of stride 2, then two of stride 1; BatchNorm between, LeakyReLU(0.2).
+    """4x4 convolutions: `depth` of stride 2, then two of stride 1; BatchNorm between, LeakyReLU(0.2).
 
     Keep it in train mode, as the official training does: BatchNorm then normalises each forward by its own batch.
 
     Args:
         width: channels after the first convolution; they double with every layer, up to 8 times.
-        num_layers: convolutions of stride 2 (official 3).
+        depth: convolutions of stride 2 (official 3).
     """
 
-    def __init__(self, *, width: int, num_layers: int) -> None:
+    def __init__(self, *, width: int, depth: int) -> None:
         super().__init__()
-        widths = [width * min(2**layer, 8) for layer in range(num_layers + 1)]
+        widths = [width * min(2**layer, 8) for layer in range(depth + 1)]
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for layer, (before, after) in enumerate(itertools.pairwise(widths), start=1):
             layers += [
-                nn.Conv2d(before, after, 4, stride=2 if layer < num_layers else 1, padding=1, bias=False),
+                nn.Conv2d(before, after, 4, stride=2 if layer < depth else 1, padding=1, bias=False),
                 nn.BatchNorm2d(after),
                 nn.LeakyReLU(0.2),
             ]
         self.main = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, padding=1))
-        self.smallest = 3 * 2**num_layers  # leaves a 3 x 3 map for the two last layers, each of which takes one pixel
+        self.smallest = 3 * 2**depth  # leaves a 3 x 3 map for the two last layers, each of which takes one pixel
         for module in self.main:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
@@ -44,7 +44,7 @@ class PatchGAN(nn.Module):
         """Images `[B, 3, H, W]` in [-1, 1] -> one logit per patch `[B, 1, h, w]`, positive for real."""
         if min(images.shape[-2:]) < self.smallest:
             raise ValueError(f"this PatchGAN needs images of at least {self.smallest} x {self.smallest} pixels, got "
-                             f"{list(images.shape)}; use fewer num_layers.")
+                             f"{list(images.shape)}; use a smaller depth.")
         return self.main(images)
 
 

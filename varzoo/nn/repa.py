@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -47,10 +48,10 @@ class Target:
         return tokens.transpose(1, 2).unflatten(2, network.patch_embed.grid_size)
 
     @cached_property
-    def _network(self) -> nn.Module:
+    def _network(self) -> Any:
         """Raises FileNotFoundError where the weights are missing, saying where to put them and how to do without."""
         path = self._find()
-        network = timm.create_model(self.model, pretrained=False, num_classes=0, img_size=self.image_size)
+        network: Any = timm.create_model(self.model, pretrained=False, num_classes=0, img_size=self.image_size)
         load_strictly(network, checkpoint_filter_fn(read_weights(path), network), str(path))  # resizes positions
         return network.eval().requires_grad_(False)
 

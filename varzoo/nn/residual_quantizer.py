@@ -32,6 +32,10 @@ class Quantised(NamedTuple):
 class Codebook(nn.Module):
     """K code vectors, the moving averages of how often each is chosen, and of the sums of what it is chosen for."""
 
+    vectors: Tensor
+    counts: Tensor
+    sums: Tensor
+
     def __init__(self, size: int, channels: int) -> None:
         super().__init__()
         vectors = torch.empty(size, channels).uniform_(-1 / size, 1 / size)
@@ -92,11 +96,13 @@ class ResidualQuantizer(nn.Module):
 
     def codebook(self, level: int) -> Codebook:
         """The codebook of a level, the first being 0."""
-        return self.codebooks[level if len(self.codebooks) > 1 else 0]
+        book = self.codebooks[level if len(self.codebooks) > 1 else 0]
+        assert isinstance(book, Codebook)
+        return book
 
     def vectors(self) -> Tensor:
         """All code vectors: `[K, C]` where the levels share them, else `[D, K, C]`."""
-        stacked = torch.stack([book.vectors for book in self.codebooks])
+        stacked = torch.stack([self.codebook(level).vectors for level in range(len(self.codebooks))])
         return stacked[0] if len(stacked) == 1 else stacked
 
     @torch.no_grad()

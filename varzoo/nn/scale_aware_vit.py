@@ -32,14 +32,15 @@ class ScaleAwareBlock(Block):
         """The scale and gate of the attention, then of the MLP, each `[D]`, for a vector `[4D]` that blocks share."""
         return (vector * self.phase_scale[phase] + self.phase_shift[phase]).chunk(4)
 
-    def forward(self, tokens: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, tokens: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:  # type: ignore[override]  # modulated
         scale, gate, *_ = modulation
         return self._mlp(tokens + gate * self.attn((1 + scale) * self.norm1(tokens)), modulation)
 
     def at(self, tokens: Tensor, positions: Tensor, *, modulation: tuple[Tensor, ...]) -> Tensor:
         """`forward` at positions `[B, n]` alone."""
         scale, gate, *_ = modulation
-        attended = attend_at(self.attn, (1 + scale) * self.norm1(tokens), positions)
+        attention: Any = self.attn
+        attended = attend_at(attention, (1 + scale) * self.norm1(tokens), positions)
         return self._mlp(take_rows(tokens, positions) + gate * attended, modulation)
 
     def _mlp(self, tokens: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
@@ -81,13 +82,15 @@ class ScaleAwareViT(MaskedViT):
         self.encoder_phases = PhaseVectors(phases, encoder_width)
         self.decoder_phases = PhaseVectors(phases, decoder_width)
 
-    def stack(self, phase: int) -> Stack:
+    def stack(self, phase: int) -> Stack:  # type: ignore[override]  # a pass per phase
         """The pass of a phase."""
+        encoder_blocks: Any = self.encoder_blocks
+        decoder_blocks: Any = self.decoder_blocks
         encoder_vector, decoder_vector = self.encoder_phases(phase), self.decoder_phases(phase)
         encoder, decoder = (
             [partial(block, modulation=block.modulation(vector, phase)) for block in blocks]
-            for blocks, vector in ((self.encoder_blocks, encoder_vector), (self.decoder_blocks[:-1], decoder_vector)))
-        last = self.decoder_blocks[-1]
+            for blocks, vector in ((encoder_blocks, encoder_vector), (decoder_blocks[:-1], decoder_vector)))
+        last = decoder_blocks[-1]
         return Stack(
             encoder_positions=self.encoder_positions[phase], encoder=encoder,
             masks=F.pad(self.mask_token[phase], (0, 0, self.buffer_size, 0)),  # the buffer is never masked

@@ -193,15 +193,16 @@ class DPM(Solver):
               temperature: float, known: Known | None = None) -> Solved:
         self.refuse_temperature(temperature)
         times, log_alphas = self.times(process, steps)
+        evaluations = len(times) - 1
         alphas, sigmas = np.exp(log_alphas), np.sqrt(-np.expm1(2 * log_alphas))
         network_times = torch.as_tensor(times[:-1] * len(process), device=initial.device)
         estimate, sample = network_at(network_times), initial
-        for k in range(steps):
+        for k in range(evaluations):
             sample = sample if known is None else known.imposed(sample, float(alphas[k]), float(sigmas[k]), initial)
             epsilon, _ = estimate(sample, k)
             clean = (sample - float(sigmas[k]) * epsilon) / float(alphas[k])
             sample = float(alphas[k + 1]) * clean + float(sigmas[k + 1]) * epsilon
-        return Solved(sample=sample, evaluations=steps)
+        return Solved(sample=sample, evaluations=evaluations)
 
 
 def _imposed(sample: Tensor, known: Known | None, process: Diffusion, index: int, noise: Tensor) -> Tensor:

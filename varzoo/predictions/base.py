@@ -38,5 +38,8 @@ class Prediction(ABC):
     carry: Any = None
 
     @abstractmethod
-    def draw(self, draws: AnyDraws, **options: Any) -> Drawn:
-        """Draw tokens for every position. Draws are keyed by position, so a repeated call gives the same tokens."""
+    def draw(self, draws: AnyDraws, *arguments: Any, **options: Any) -> Drawn:
+        """Draw tokens for every position, with the keyword arguments that `options` names alone.
+
+        Draws are keyed by position, so a repeated call gives the same tokens.
+        """

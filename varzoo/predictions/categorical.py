@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -36,7 +37,8 @@ def top_p_filter(logits: Tensor, p: float, *, strict: bool = False) -> Tensor:
     return logits.masked_fill(removed.scatter(-1, ids, removed), -torch.inf)
 
 
-FILTERS = {"top_k": top_k_filter, "top_p": top_p_filter, "top_p_strict": partial(top_p_filter, strict=True)}
+FILTERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "top_k": top_k_filter, "top_p": top_p_filter, "top_p_strict": partial(top_p_filter, strict=True)}
 
 
 def filtered(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
@@ -80,6 +82,6 @@ class Categorical(Prediction):
         if temperature == 0:
             return Drawn(tokens=self.logits.argmax(dim=-1))
         logits = self.filtered(temperature=temperature, top_k=top_k, top_p=top_p, filters=filters)
-        keys = {} if self.redraw is None else {"redraw": self.redraw}
+        keys: dict[str, Any] = {} if self.redraw is None else {"redraw": self.redraw}
         uniforms = draws.uniform("token", tuple(logits.shape[2:-1]), at=self.positions, **keys)
         return Drawn(tokens=inverse_cdf(logits.softmax(dim=-1), uniforms))

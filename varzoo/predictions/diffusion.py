@@ -60,7 +60,7 @@ class DiffusionPrediction(Prediction):
         return Drawn(tokens=solved.sample, evaluations=solved.evaluations, density=solved.density)
 
     def _solve(self, draws: AnyDraws, at: Tensor, *, steps: int | str, solver: Solver, temperature: float,
-               known: Known | None = None, **keys: int) -> Solved:
+               known: Known | None = None, **keys: Any) -> Solved:
         """Run the solver at positions `at` `[B, m]`, noise keyed by `keys` too."""
         if temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {temperature:g}.")
@@ -81,8 +81,8 @@ class DiffusionPrediction(Prediction):
         network, channels = self.network.at(times, self.condition), self.network.channels
 
         def estimate(noised: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-            epsilon, v = network(noised, k).to(noised.dtype).tensor_split([channels], dim=-1)
-            v = v[0] if v.shape[-1] else None
+            epsilon, rest = network(noised, k).to(noised.dtype).tensor_split([channels], dim=-1)
+            v = rest[0] if rest.shape[-1] else None
             if len(epsilon) == 1:
                 return epsilon[0], v
             conditional, null = epsilon

@@ -55,6 +55,7 @@ class TextEncoder(nn.Module):
         self.source, self.length = str(source), length
         self.settings = {"length": length, "channels": channels, "padding_side": padding_side, "clean": clean,
                          "truncate": truncate}
+        self.model: Any
         self.tokenizer, self.model = _load(self.source, download)
         if self.model.config.d_model != channels:
             raise ValueError(f"text encoder {self.source} makes features of {self.model.config.d_model} channels, "

@@ -10,6 +10,7 @@ are packed into T ids of D bits each, the first channel being the most significa
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -65,7 +66,7 @@ class BinaryTokenizer(Tokenizer):
         self.image_size, grid = image_and_grid(image_size, downsampling(multipliers))
         self.spec = TokenSpec(kind="discrete", shape=grid, size=2 ** (bits // groups), depth=groups)
         self.uint8_rule, self.deterministic, self.undecided = uint8_rule, deterministic, undecided
-        self.layout = {"multipliers": multipliers, "blocks_per_level": blocks_per_level,
+        self.layout: dict[str, Any] = {"multipliers": multipliers, "blocks_per_level": blocks_per_level,
                        "decoder_blocks_per_level": decoder_blocks_per_level, "attention_levels": attention_levels,
                        "input_norm": input_norm}
         self.encoder = build_encoder(width=width, multipliers=multipliers, blocks_per_level=blocks_per_level,
@@ -75,7 +76,8 @@ class BinaryTokenizer(Tokenizer):
         self.input_norm = nn.GroupNorm(32, channels, eps=1e-6) if input_norm else nn.Identity()
         self.decoder = build_decoder(width=width, multipliers=multipliers, in_channels=channels,
                                      blocks_per_level=decoder_blocks_per_level - 1, attention_levels=attention_levels)
-        self.encoder.conv_act, self.decoder.conv_act = nn.Identity(), nn.Identity()
+        for part in (self.encoder, self.decoder):
+            part.conv_act = nn.Identity()  # type: ignore[assignment]  # the official one has none before its last layer
 
     def compress(self, images: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` in [-1, 1] -> probabilities of bits, `[B, N, bits]`."""

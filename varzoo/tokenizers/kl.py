@@ -110,7 +110,7 @@ class KLTokenizer(Tokenizer):
         if tokens.ndim != 3 or tokens.shape[1:] != (self.spec.length, self.spec.size):
             raise ValueError(f"expected tokens [B, {self.spec.length}, {self.spec.size}] for {self.spec}, "
                              f"got {list(tokens.shape)}.")
-        latents = unpatchify(tokens / self.scale + self.shift, self.patch_size, self.spec.shape)
+        latents = unpatchify(tokens / self.scale + self.shift, self.patch_size, self.spec.grid)
         return self.decoder(self.post_quant_conv(latents))
 
     def moments(self, images: Tensor) -> Tensor:
@@ -187,11 +187,10 @@ def latent_statistics(tokenizer: KLTokenizer, batches: Iterable[Tensor]) -> Late
     The variance of sampled latents is that of the means plus the mean posterior variance, so nothing is drawn. Sums are
     kept in float64.
     """
-    sums = 0
-    count = 0
+    sums, count = torch.zeros(()), 0
     for images in batches:
         mean, logvar = split_moments(tokenizer.moments(images).double(), dim=1)
-        sums = sums + torch.stack([mean, mean.square(), logvar.exp()]).sum(dim=(1, 3, 4))
+        sums = sums.to(mean) + torch.stack([mean, mean.square(), logvar.exp()]).sum(dim=(1, 3, 4))
         count += mean[:, 0].numel()
     if not count:
         raise ValueError("latent_statistics was given no images.")

@@ -75,8 +75,8 @@ class RQTokenizer(Tokenizer):
         if temperature <= 0 or commitment < 0:
             raise ValueError(f"need temperature > 0 and commitment >= 0, got {temperature} and {commitment}.")
         self.image_size, latent_grid = image_and_grid(image_size, downsampling(multipliers))
-        self.fold = tuple(fold)
-        if len(self.fold) != 2 or min(self.fold) < 1 or any(map(int.__mod__, latent_grid, self.fold)):
+        self.fold = (fold[0], fold[-1])
+        if len(fold) != 2 or min(self.fold) < 1 or any(map(int.__mod__, latent_grid, self.fold)):
             raise ValueError(f"fold must be (height, width) that divide the latent grid {latent_grid}, got {fold}.")
         grid = tuple(map(int.__floordiv__, latent_grid, self.fold))
         self.spec = TokenSpec(kind="discrete", shape=grid, size=codebook_size, depth=depth)
@@ -180,7 +180,7 @@ class RQTokenizer(Tokenizer):
 
     def _paint(self, vectors: Tensor) -> Tensor:
         """Vectors `[B, N, C]`, folded, -> images."""
-        return self.decoder(self.post_quant_conv(unfold_latents(vectors, self.fold, self.spec.shape)))
+        return self.decoder(self.post_quant_conv(unfold_latents(vectors, self.fold, self.spec.grid)))
 
 
 def fold_latents(latents: Tensor, fold: tuple[int, int]) -> Tensor:
@@ -188,7 +188,7 @@ def fold_latents(latents: Tensor, fold: tuple[int, int]) -> Tensor:
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (p q c)", p=fold[0], q=fold[1])
 
 
-def unfold_latents(vectors: Tensor, fold: tuple[int, int], grid: tuple[int, ...]) -> Tensor:
+def unfold_latents(vectors: Tensor, fold: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """The inverse of `fold_latents`, for a grid (h, w) of vectors."""
     return rearrange(vectors, "b (h w) (p q c) -> b c (h p) (w q)", p=fold[0], q=fold[1], h=grid[0], w=grid[1])
 

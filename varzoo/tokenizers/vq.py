@@ -56,6 +56,8 @@ class VQTokenizer(Tokenizer):
     Tokens are ids `[B, N]` int64 in raster order; `spec.shape` is the latent grid.
     """
 
+    recent_ids: Tensor
+
     def __init__(self, *, image_size: int | Sequence[int], width: int, multipliers: Sequence[int],
                  blocks_per_level: int, z_channels: int, codebook_size: int, codebook_dim: int, l2_norm: bool,
                  commitment: float, entropy_weight: float, decoder_multipliers: Sequence[int] | None = None,
@@ -138,7 +140,7 @@ class VQTokenizer(Tokenizer):
         }
         if self.entropy_weight:
             parts["entropy"] = self.entropy_weight * entropy_loss(-squared_distances(latents, self.codebook()))
-        total = sum(parts.values())
+        total = sum(parts.values(), torch.zeros((), device=latents.device))
         reconstructions = self._paint(self._grid(latents + (codes - latents).detach()))
         statistics = {"codebook_usage": self._usage(ids), "perplexity": perplexity(ids, self.spec.size)}
         return reconstructions, Losses(total, {name: part.detach() for name, part in (parts | statistics).items()})

@@ -7,6 +7,7 @@ some: before the branches of encoder and contexts, and on queries and keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
@@ -78,6 +79,7 @@ class Attention(nn.Module):
         k = k if key_rows is None else rotate(k, key_rows)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         if cache is not None:
+            assert slots is not None, "a cache is written at slots"
             k, v = cache.update(layer, slots, k, v)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(attended.transpose(1, 2).flatten(2))
@@ -110,6 +112,9 @@ class QueryEncoder(nn.Module):
         rotary_base: of the patches' two-dimensional rotary positions; queries have none.
         code_channels: of the latents.
     """
+
+    rotary: Tensor
+    visible: Tensor
 
     def __init__(self, *, image_size: Sequence[int], patch_size: int, width: int, depth: int, queries: int,
                  query_rank: int | None, rotary_base: float, code_channels: int) -> None:
@@ -222,6 +227,8 @@ class VelocityNetwork(nn.Module):
         modulated_output: modulate the output by the time, which then is shared.
     """
 
+    rotary: Tensor
+
     def __init__(self, *, image_size: Sequence[int], patch_size: int, width: int, depth: int, context_width: int,
                  rotary_base: float, shared_time: bool, modulated_output: bool) -> None:
         super().__init__()
@@ -235,6 +242,7 @@ class VelocityNetwork(nn.Module):
         self.head = nn.Linear(width, 3 * patch_size**2)
         initialise(self, width)
         self.input = nn.Linear(3 * patch_size**2, width)
+        layer: Any
         for layer in (self.head, self.output_modulation, *(block.modulation for block in self.blocks)):
             if layer is not None:
                 nn.init.zeros_(layer.weight)

@@ -66,7 +66,7 @@ class DARTokenizer(Tokenizer):
             raise ValueError("D-AR's parts do not fit: " + ", ".join(f"{k} is {v}" for k, v in counts.items()))
         if uint8_rule not in UINT8_RULES:
             raise unknown("uint8 rule", uint8_rule, UINT8_RULES)
-        self.image_size, self.uint8_rule = tuple(image_size), uint8_rule
+        self.image_size, self.uint8_rule = (image_size[0], image_size[1]), uint8_rule
         self.encoder, self.contexts, self.network, self.repa = encoder, contexts, network, repa
         self.segments, self.data_std = segments, data_std
         self.shortest_prefix = segments.group_size
@@ -111,7 +111,8 @@ class DARTokenizer(Tokenizer):
         """Ids are tokens already, there is nothing to draw."""
         return compressed
 
-    def stream(self, draws: AnyDraws, *, steps: int | None = None, order: int | None = None) -> GroupStream:
+    def stream(self, draws: AnyDraws, *, steps: int | None = None,  # type: ignore[override]  # these are its `options`
+               order: int | None = None) -> GroupStream:
         """A decoding of one image per row of draws, to which tokens are pushed as they come."""
         return self._begin(initial_noise(draws, len(draws), (3, *self.image_size)), steps, order)
 

@@ -9,6 +9,7 @@ them, and attention counts it as often as there are; a prefix of k tokens costs 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
@@ -59,7 +60,7 @@ def fit_table(table: Tensor, grid: tuple[int, int], scaling: str) -> Tensor:
 def time_features(times: Tensor, channels: int = TIME_CHANNELS, last: float = 1.0, period: float = 256.0) -> Tensor:
     """Cosines, then sines, of times `[B]` in [0, last], at frequencies from 1000 / last down: `[B, channels]`."""
     return get_timestep_embedding(times * (1000 / last), channels, flip_sin_to_cos=True, downscale_freq_shift=0,
-                                  max_period=period)
+                                  max_period=period)  # type: ignore[arg-type]  # any number will do
 
 
 class Patches(nn.Module):
@@ -72,6 +73,8 @@ class Patches(nn.Module):
         position_grid: (h, w) of the position table.
         position_scaling: "absolute" crops the table to the grid, "interpolate" resizes it.
     """
+
+    table: Tensor
 
     def __init__(self, *, channels: int, patch_size: int, width: int, position_grid: tuple[int, int],
                  position_scaling: str) -> None:
@@ -86,7 +89,7 @@ class Patches(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         patches = rearrange(latents, "b c (h p) (w q) -> b h w (p q c)", p=self.patch_size, q=self.patch_size)
-        positions = fit_table(self.table, patches.shape[1:3], self.scaling).permute(1, 2, 0)
+        positions = fit_table(self.table, (patches.shape[1], patches.shape[2]), self.scaling).permute(1, 2, 0)
         return (self.projection(patches) + positions).flatten(1, 2)
 
 
@@ -134,7 +137,8 @@ class ModulatedBlock(Block):
         self.groups = groups
         self.modulation = nn.Linear(width, groups * 6 * width)
 
-    def forward(self, x: Tensor, mask: Tensor, time: Tensor, group: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor, time: Tensor,  # type: ignore[override]  # it is modulated
+                group: Tensor) -> Tensor:
         """x `[B, n, width]`; time `[B, width]` after its SiLU; group `[n]` of each token."""
         modulation = self.modulation(time).unflatten(-1, (self.groups, -1))[:, group]
         gate_attention, gate_mlp, shift_attention, scale_attention, shift_mlp, scale_mlp = modulation.chunk(6, dim=-1)
@@ -229,6 +233,7 @@ class FlowDecoder(nn.Module):
         self.head = nn.Linear(width, channels * patch_size**2)
         initialise(self)
         nn.init.normal_(self.positions, std=0.5)  # published: 0.02, too alike for a short training to tell apart
+        layer: Any
         for layer in (self.head_modulation, self.head, *(block.modulation for block in self.blocks)):
             nn.init.zeros_(layer.weight)
 

@@ -225,7 +225,7 @@ class FlexTok(Tokenizer):
             patches = [side // self.decoder.patches.patch_size for side in latents.shape[-2:]]
             parts["repa"] = self.repa.weight * self.repa(features, tuple(patches), images)
         statistics = {"perplexity": perplexity(self.quantizer.ids(codes.detach()), self.spec.size)}
-        return None, Losses(sum(parts.values()),
+        return None, Losses(sum(parts.values(), torch.zeros((), device=latents.device)),
                             {name: part.detach() for name, part in (parts | statistics).items()})
 
     def flow(self, latents: Tensor, noise: Tensor, times: Tensor, codes: Tensor, kept: Tensor,

@@ -1,4 +1,4 @@
-"""Numbers equal torch-fidelity's, carry their protocol or are refused, and survive kills."""
+"""The command of evaluation: a number carries its protocol or is refused, and a pass survives kills."""
 
 from __future__ import annotations
 
@@ -15,219 +15,65 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-import torch_fidelity
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from torch_fidelity.metric_kid import kid_features_to_metric
 
-from tests.inception import write_random_inception
+from tests.images import smooth_images
 from varzoo.cli.evaluate import main
 from varzoo.core.weights import WeightsFile
 from varzoo.data import Digits
 from varzoo.eval.feature_bank import FeatureBank
 from varzoo.eval.features import ClassifierFeatures
-from varzoo.eval.inception import InceptionFeatures
-from varzoo.eval.kernel_distance import kernel_distance, polynomial_mmd, subset_indices
-from varzoo.eval.manifold import neighbour_radii, precision_recall
 from varzoo.eval.moments import Moments, frechet_distance
-from varzoo.eval.pretrained import MobileNetFeatures
-from varzoo.eval.protocol import PROTOCOLS, EvalProtocol, agree, differences, find_protocol, read_rows
+from varzoo.eval.protocol import (
+    PROTOCOLS,
+    EvalProtocol,
+    agree,
+    append_row,
+    differences,
+    find_protocol,
+    read_rows,
+    result_row,
+)
 from varzoo.eval.readers import SampleReader
-from varzoo.eval.reconstruction import CodebookUsage, PairScores
 from varzoo.eval.references import Reference
-from varzoo.eval.score import Samples, Scorer, dataset_samples, reference_statistics
-from varzoo.eval.similarity import psnr, ssim
+from varzoo.eval.score import dataset_samples, reference_statistics
+from varzoo.eval.similarity import psnr
 from varzoo.eval.video import VideoFeatures
 from varzoo.eval.writers import NpzFile, PNGFolder
 
+# --- protocols and rows ---
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_inception(tmp_path_factory.mktemp("weights") / "random.pth")
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("varzoo-cache")
-    ClassifierFeatures(dataset="digits", cache_dir=folder)  # trained once
-    return folder
+def protocol(**changes) -> EvalProtocol:
+    fields = {"metric": "fd_toy", "extractor": "toy", "extractor_hash": "a", "count": 10, "labels": "balanced",
+              "uint8_rule": "round", "reference": "r", "reference_hash": "b"}
+    return EvalProtocol(**{**fields, **changes})
 
 
-@pytest.fixture
-def folder(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with `samples`, a run of 60 real digits."""
-    monkeypatch.setenv("VARZOO_CACHE", str(cache))
-    monkeypatch.chdir(tmp_path)
-    writer = PNGFolder(folder="samples", manifest={"count": 60, "uint8_rule": "round", "label_scheme": "as in the set"})
-    batch = next(iter(dataset_samples(Digits(split="train"), batch_size=60)))
-    writer.write(batch.images, batch.indices, batch.labels)
-    return tmp_path
+def test_a_proxys_distance_is_never_called_fid() -> None:
+    with pytest.raises(ValueError, match="not a FID; call it fd_toy"):
+        protocol(metric="FID")
 
 
-def smooth_images(count: int, seed: int) -> Tensor:
-    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) ** (1 + seed)
-    return (255 * nn.functional.interpolate(coarse, size=(20, 28), mode="bilinear")).to(torch.uint8)
+def test_protocol_hash_covers_every_field() -> None:
+    changes = [{"metric": "fd_x"}, {"extractor": "x"}, {"extractor_hash": "x"}, {"count": 11}, {"labels": "random"},
+               {"uint8_rule": "truncate"}, {"reference": "x"}, {"reference_hash": "x"}, {"precision": "bf16"},
+               {"is_splits": 5}, {"is_formula": "consecutive"}, {"family": "adm"}, {"departures": ("count",)},
+               {"image_size": (4, 4)}, {"resize": "bicubic"}, {"extractor_resize": "tf1"}, {"reference_type": "train"},
+               {"covariance": "biased"}, {"manifold": "k=3"}, {"frames": 16}, {"kid": "9 x 9"}, {"pairs": "x"}]
+    assert len({protocol(**change).hash for change in [{}, *changes]}) == len(changes) + 1
+    assert set().union(*changes) == set(EvalProtocol.__dataclass_fields__)
 
 
-# --- equal to torch-fidelity ---
-
-class Rows(Dataset):
-    """Images as torch-fidelity takes them."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
+def test_rows_are_appended_with_protocol_and_versions(tmp_path: Path) -> None:
+    for value in (1.5, 2.5):
+        row = result_row(protocol(), {"fd": value}, seconds=3.0, run={"seed": 1})
+        append_row(tmp_path / "deep" / "results.jsonl", row)
+    rows = read_rows(tmp_path / "deep" / "results.jsonl")
+    assert [row["fd"] for row in rows] == [1.5, 2.5]
+    assert rows[0]["protocol"]["hash"] == protocol().hash and rows[0]["versions"]["torch"]
 
 
-class Shallow(InceptionFeatures):
-    """The 192 features of torch-fidelity's layer of that name: eigenvalues of 2048 x 2048 take it half a minute."""
-
-    dim, spatial_dim = 192, None
-
-    def extract(self, images: Tensor) -> dict[str, Tensor]:
-        output = self.activations(images)
-        return {"features": output["MaxPool_2"].mean(dim=(2, 3)),
-                "logits": output["AvgPool"].flatten(1) @ self.network.fc.weight.T}
-
-
-def test_scores_equal_torch_fidelitys_on_the_same_network_and_images(inception_file: Path) -> None:
-    images, references = smooth_images(8, 0), smooth_images(9, 1)
-    layers = {f"feature_layer_{metric}": "192" for metric in ("fid", "kid", "prc")}
-    expected = torch_fidelity.calculate_metrics(
-        input1=Rows(images), input2=Rows(references), isc=True, fid=True, kid=True, prc=True, cuda=False, verbose=False,
-        cache=False, feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception_file),
-        isc_splits=3, kid_subsets=3, kid_subset_size=7, prc_batch_size=7, batch_size=8, **layers)
-    extractor = Shallow(weights=inception_file)
-    bank = FeatureBank(dim=192, count=9)
-    reference = reference_statistics([Samples(references)], extractor=extractor, bank=bank)
-    scorer = Scorer(extractor=extractor, count=8, splits=3, kid_subsets=3, kid_size=7,
-                    metrics=("fd", "inception_score", "precision_recall", "kid"))
-    for part in images.split(5):
-        scorer.update(Samples(part))
-    own = scorer.scores(reference)
-    assert own.fd == pytest.approx(expected["frechet_inception_distance"], rel=1e-6)
-    assert own.inception_score == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    assert own.inception_score_std == pytest.approx(expected["inception_score_std"], rel=1e-5)
-    assert own.kid == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)  # float32 kernels there
-    features = (bank.features.double() for bank in (scorer.bank, bank))
-    exact = kid_features_to_metric(*features, kid_subsets=3, kid_subset_size=7, verbose=False)
-    assert own.kid == pytest.approx(exact["kernel_inception_distance_mean"], rel=1e-6)
-    # torch-fidelity's first input takes the place of the samples
-    assert (own.precision, own.recall) == (pytest.approx(expected["precision"]), pytest.approx(expected["recall"]))
-    assert own.inception_score > 1.01 and 0 < own.precision < 1
-
-
-def test_inception_equals_torch_fidelitys_at_every_layer(inception_file: Path) -> None:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    images = smooth_images(2, 0)
-    network = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception_file))
-    features, logits = network(images)
-    extractor = InceptionFeatures(weights=inception_file)
-    own = extractor(images)
-    assert torch.equal(own["features"], features) and torch.allclose(own["logits"], logits, rtol=1e-6, atol=1e-6)
-    assert own["spatial"].shape == (2, 2023)
-    other = InceptionFeatures(weights=inception_file, resize="half_pixel")(images)
-    assert not torch.allclose(other["features"], features, rtol=0.01)
-    with pytest.raises(ValueError, match="unknown resize 'bicubic'"):
-        InceptionFeatures(weights=inception_file, resize="bicubic")
-
-
-# --- distances ---
-
-def test_kernel_distance_is_unbiased() -> None:
-    x, y = torch.randn(200, 6), torch.randn(200, 6)
-    estimates = [polynomial_mmd(x[rows], y[rows]) for rows in torch.arange(200).split(20)]
-    assert abs(np.mean(estimates)) < 2 * np.std(estimates)  # a biased estimate would be positive throughout
-    assert min(estimates) < 0 < polynomial_mmd(x, y + 1)
-    with pytest.raises(ValueError, match="subsets of 30 need as many"):
-        subset_indices(20, 50, subsets=2, size=30)
-    indices = subset_indices(200, 150, subsets=4, size=50)
-    assert kernel_distance(x, x, indices)[0] == kernel_distance(x.flip(1), x.flip(1), indices)[0]
-
-
-def test_precision_and_recall_of_known_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = torch.arange(20.0)[:, None]
-    assert neighbour_radii(line, k=3)[[0, 10]].tolist() == [9.0, 4.0]
-    assert precision_recall(line, line) == (1.0, 1.0)
-    assert precision_recall(line[:10], line) == (1.0, 0.65)  # within 3 of 9
-    assert precision_recall(line + 100, line) == (0.0, 0.0)
-    points, others = torch.randn(50, 4), torch.randn(40, 4)
-    whole = precision_recall(points, others)
-    monkeypatch.setattr("varzoo.eval.manifold.TILE", 7)
-    assert precision_recall(points, others) == whole
-    with pytest.raises(ValueError, match="more than 3 points"):
-        neighbour_radii(points[:3])
-
-
-def test_biased_covariance_is_larps() -> None:
-    features, moments = torch.randn(9, 3, dtype=torch.float64), Moments(dim=3)
-    moments.update(features)
-    np.testing.assert_allclose(moments.gaussian(biased=True).covariance, np.cov(features.T, bias=True), atol=1e-12)
-
-
-def test_feature_bank_on_disk_is_taken_up(tmp_path: Path) -> None:
-    features = torch.randn(10, 3)
-    first = FeatureBank(dim=3, count=10, path=tmp_path / "f.npy")
-    first.update(features[[4, 2]], torch.tensor([4, 2]))
-    first.update(features[[1, 9, 0]], torch.tensor([1, 9, 11]))  # the last is padding
-    second = FeatureBank(dim=3, count=10, path=tmp_path / "f.npy")
-    second.load_state_dict(first.state_dict())
-    second.update(features, torch.arange(10))
-    assert torch.equal(second.features, features)
-    with pytest.raises(ValueError, match="not float32"):
-        FeatureBank(dim=4, count=10, path=tmp_path / "f.npy")
-
-
-# --- reconstructions ---
-
-def test_similarity_of_known_pairs() -> None:
-    a, b = torch.rand(3, 3, 12, 14), torch.rand(3, 3, 12, 14)
-    assert psnr(a, a + 0.1).tolist() == pytest.approx([20.0] * 3, rel=1e-5)
-    assert ssim(a, a).tolist() == pytest.approx([1.0] * 3) and ssim(a, b).max() < 0.5
-    together, alone = ssim(a, b, window="gaussian"), ssim(a[1:2], b[1:2], window="gaussian")
-    assert together[1] == pytest.approx(alone.item())
-    with pytest.raises(ValueError, match="11 x 11, larger than the images"):
-        ssim(a[..., :9], b[..., :9], window="gaussian")
-    with pytest.raises(ValueError, match="unknown SSIM window"):
-        ssim(a, b, window="box")
-
-
-def test_pair_scores_are_means_over_images_whatever_the_batches() -> None:
-    originals = smooth_images(9, 0)
-    decoded = (originals.float() * 0.9).to(torch.uint8)
-    results = []
-    for size in (9, 4):
-        pairs = PairScores(count=9, lpips=lambda a, b: (a - b).abs().mean(dim=(1, 2, 3)))
-        for rows in torch.arange(10).split(size):  # one padded
-            pairs.update(decoded[rows % 9], originals[rows % 9], rows)
-        results.append(pairs.result())
-    assert results[0] == pytest.approx(results[1])
-    assert results[0]["psnr"] == pytest.approx(psnr(decoded / 255, originals / 255).mean().item())
-    with pytest.raises(ValueError, match="do not pair"):
-        PairScores(count=9, lpips=None).update(decoded, originals[..., :4], torch.arange(9))
-    with pytest.raises(ValueError, match="9 pairs are to be scored, 0 came"):
-        PairScores(count=9, lpips=None).result()
-
-
-def test_codebook_usage_counts_codes_once_per_image() -> None:
-    usage = CodebookUsage(size=8, count=3)
-    usage.update(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1]))
-    usage.update(torch.tensor([[7, 7], [0, 0], [1, 1]]), torch.tensor([0, 2, 3]))  # seen before; fresh; padding
-    assert usage.times.tolist() == [3, 1, 1, 1, 0, 0, 0, 0]
-    assert usage.result()["codebook_usage"] == 0.5
-    assert usage.result()["codebook_perplexity"] == pytest.approx(2 * 3**0.5)  # of 1/2, 1/6, 1/6, 1/6
-    with pytest.raises(ValueError, match=r"0 \.\. 7"):
-        CodebookUsage(size=8, count=3).update(torch.tensor([[8]]), torch.tensor([1]))
-
-
-# --- protocols ---
 
 def test_named_protocols_are_what_the_field_does() -> None:
     assert PROTOCOLS["adm"].is_formula == "consecutive" and PROTOCOLS["torch_fidelity"].is_formula == "shuffled"
@@ -310,6 +156,49 @@ def test_adms_reference_brings_images_for_precision_and_recall(folder: Path) -> 
 
 
 # --- the command ---
+
+def test_command_scores_a_folder_and_appends_a_row(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    row = main(["samples=samples", "reference=digits", "extractor=digits"])
+    assert read_rows("results.jsonl") == [json.loads(json.dumps(row))]
+    assert row["accuracy"] == 1.0 and row["count"] == 60 and 0 < row["fd"] < 100
+    assert row["protocol"]["metric"] == "fd_digits" and row["protocol"]["uint8_rule"] == "round"
+    printed = capsys.readouterr().out
+    assert "fd_digits" in printed and "FID" not in printed and row["protocol"]["hash"] in printed
+
+
+def test_command_takes_stored_statistics_images_and_labels(folder: Path, digits: ClassifierFeatures) -> None:
+    reference = reference_statistics(dataset_samples(Digits(split="heldout")), extractor=digits)
+    np.savez("stats.npz", mu=reference.gaussian.mean, sigma=reference.gaussian.covariance)
+    by_name, by_file = (main(["samples=samples", f"reference={name}", "extractor=digits", *more])
+                        for name, *more in (["digits"], ["stats.npz", "reference_type=validation"]))
+    assert by_name["fd"] == pytest.approx(by_file["fd"], rel=1e-5)
+    assert main(["samples=samples", "reference=samples", "extractor=digits"])["fd"] < 1e-6
+    Path("labels.txt").write_text("0\n" * 60)
+    row = main(["samples=samples", "reference=digits", "extractor=digits", "labels=labels.txt"])
+    assert row["accuracy"] == pytest.approx((Digits().labels[:60] == 0).float().mean().item())
+
+
+def test_command_refuses_a_run_that_stopped_early(folder: Path) -> None:
+    Path("samples/000031.png").unlink()
+    with pytest.raises(ValueError, match="asks for 60 samples, 59 came"):
+        main(["samples=samples", "reference=digits", "extractor=digits"])
+
+
+def test_command_compares_inception_features_with_adm_statistics(folder: Path, inception_file: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    mean = np.arange(2048, dtype=np.float32)
+    np.savez("adm.npz", mu=mean, sigma=np.eye(2048), arr_0=np.zeros((1, 4, 4, 3), np.uint8))
+    PNGFolder(folder="few", manifest={}).write(torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8), [0, 1])
+    with pytest.raises(ValueError, match="2048 dimensions, the samples of 64"):
+        main(["samples=samples", "reference=adm.npz", "reference_type=train", "extractor=digits"])
+    # eigenvalues of 2048 x 2048 take seconds, and other tests see to them
+    monkeypatch.setattr("varzoo.eval.score.frechet_distance", lambda a, b: float((b.mean - a.mean).mean()))
+    row = main(["samples=few", "reference=adm.npz", "reference_type=train", "extractor=inception",
+                f"weights={inception_file}", "splits=1"])
+    assert row["protocol"]["metric"] == "fd_inception" and row["accuracy"] is None
+    assert row["fd"] == pytest.approx(mean.mean(), rel=0.01)
+
+
 
 def test_command_refuses_what_is_not_the_protocol(folder: Path, inception_file: Path) -> None:
     np.savez("adm_in256_stats.npz", mu=np.zeros(2048, np.float32), sigma=np.eye(2048))
@@ -430,6 +319,15 @@ def test_features_that_are_not_finite_are_refused(folder: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "what shall be done"),
+    (["sample=x"], "Did you mean 'samples'"),
+    (["samples"], "option=value"),
+    (["samples=samples", "reference=digits"], "extractor must be given"),
+    (["samples=samples", "reference=digits", "extractor=resnet"], "unknown extractor"),
+    (["samples=samples", "reference=mnist", "extractor=digits"], "unknown reference"),
+    (["samples=samples", "reference=digits", "extractor=digits", "splits=0"], "splits must be a positive"),
+    (["samples=samples", "reference=digits", "extractor=digits", "download=yes"], "unknown download"),
+    (["samples=samples", "reference=digits", "extractor=digits", "weights=x.pth"], "trains its own classifier"),
+    (["samples=samples", "reference=digits", "extractor=digits", "labels=none.txt"], "one class number per line"),
     (["reference=build", "data=digits", "out=x.npz"], "extractor must be given"),
     (["reference=build", "extractor=digits", "out=x.npz"], "data must be given"),
     (["samples=samples", "reference=digits", "extractor=digits", "seed=3"], "seed has no meaning here"),
@@ -445,6 +343,7 @@ def test_command_refuses_with_one_clear_error(folder: Path, arguments: list[str]
         pytest.skip("this machine has such a device")
     with pytest.raises(ValueError, match=message):
         main(arguments)
+    assert not Path("results.jsonl").exists()
 
 
 # --- kills ---
@@ -568,22 +467,3 @@ def test_fvd_of_clips_in_an_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         extractor(torch.zeros(1, 8, 3, 12, 14))
     with pytest.raises(FileNotFoundError, match=r"FVD .* needs i3d_torchscript\.pt"):
         VideoFeatures(resize="inside")
-
-
-# --- other extractors ---
-
-def test_mobilenet_is_never_a_fid(tmp_path: Path) -> None:
-    from torchvision.models import mobilenet_v2
-
-    torch.save(mobilenet_v2(weights=None).state_dict(), tmp_path / "net.pth")
-    extractor = MobileNetFeatures(weights=tmp_path / "net.pth")
-    output = extractor(smooth_images(2, 0))
-    assert extractor.metric == "fd_mobilenet" and output["features"].shape == (2, 1280)
-    assert output["logits"].shape == (2, 1000)
-    with pytest.raises(FileNotFoundError, match=r"fd_mobilenet needs mobilenet_v2-b0353104\.pth .*b0353104"):
-        MobileNetFeatures(weights=tmp_path / "none.pth")
-
-
-def test_a_scorer_needs_what_its_metrics_need(cache: Path) -> None:
-    with pytest.raises(ValueError, match="unknown metric 'fid'"):
-        Scorer(extractor=ClassifierFeatures(cache_dir=cache), count=3, splits=1, metrics=("fid",))
