@@ -27,7 +27,7 @@ from varzoo.loading import compose_config, load, register_run
 from varzoo.nn import denoiser
 from varzoo.nn.diffusion import Diffusion
 from varzoo.nn.diffusion_transformer import DiffusionTransformer, position_table
-from varzoo.nn.masked_vit import take_rows
+from varzoo.nn.rows import take_rows
 from varzoo.nn.solvers import DDIM, DDPM, Known
 from varzoo.predictions.diffusion import MapDiffusionPrediction
 from varzoo.samplers.autoregressive import Autoregressive

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import get_class
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
+from varzoo import costs
 from varzoo.core.checkpoint import atomic_path, read_config, read_weights, save_weights
 from varzoo.core.errors import unknown
 from varzoo.core.spec import TokenSpec
@@ -27,6 +29,20 @@ from varzoo.generators.base import Generator
 from varzoo.hub import PUBLISHED, Published
 from varzoo.loading import build, compose_config, list_configs, load_weights
 from varzoo.tokenizers.base import Tokenizer
+
+# By class, the cases of tests/goldens (as shell patterns) that hold it to the official code.
+GOLDENS: dict[str, tuple[str, ...]] = {
+    "BinaryTokenizer": ("elm/b*",), "DAR": ("dar/ar_*", "dar/rope"),
+    "DARTokenizer": ("dar/codebook_*", "dar/decod*", "dar/pipeline", "dar/reconstruct", "dar/tokenizer_*"),
+    "Drafter": ("lantern/draft*",), "ELM": ("elm/ar_*",), "FlexTok": ("flextok/*",), "FlexTokAR": (),
+    "FlowAR": ("flowar/*",), "HiMAR": ("himar/*",), "KLTokenizer": ("mar/vae_*",),
+    "LlamaGen": ("llamagen/[ct]2i_*", "llamagen/pipeline", "llamagen/rope2d"),
+    "MAR": ("mar/mar_*", "mar/diff*", "mar/mask_schedule", "mar/vit_block"), "MaskedELM": ("elm/mlm_*",),
+    "NAR": ("nar/[ct]2i_*", "nar/image_orders_rope"), "RQTokenizer": ("rqvae/autoencoder", "rqvae/*restart*"),
+    "RQTransformer": ("rqvae/transformer_*",), "ResGen": (), "TokenBridge": ("tokenbridge/*",),
+    "TokenBridgeTokenizer": ("tokenbridge/quantizer*",), "TokenShuffle": (), "VQTokenizer": ("llamagen/vq_*",),
+    "XAR": ("xar/*",)}
+GOLDENS_FOLDER = Path(__file__).parents[1] / "tests" / "goldens"  # in a checkout
 
 KINDS = ("model", "tokenizer", "generator", "sampler", "experiment")
 NETWORKS = ("generator", "tokenizer")
@@ -56,17 +72,28 @@ def config_of(kind: str, name: str) -> DictConfig:
     return whole if kind == "model" else whole[kind]
 
 
+def every(kind: str) -> DictConfig:
+    """The composed configs of all tokenizers, generators or samplers by name, composed at once, which is faster."""
+    return _together(kind, tuple(names(kind)))
+
+
+@lru_cache(maxsize=16)
+def _together(kind: str, members: tuple[str, ...]) -> DictConfig:
+    asked = [f"+{kind}@every.{name}={name}" for name in members]
+    return compose_config("sample", [*asked, "checkpoint=none"]).every
+
+
 @lru_cache(maxsize=256)
 def on_meta(kind: str, name: str) -> Generator | Tokenizer:
     """The network of a tokenizer's or generator's config, without memory for its weights."""
     with torch.device("meta"):
-        return build(config_of(kind, name))
+        return build(every(kind)[name])
 
 
 @lru_cache(maxsize=256)
 def spec_of(kind: str, name: str) -> TokenSpec:
     """The tokens of a tokenizer's or generator's config; where the config states them, nothing is built."""
-    node = config_of(kind, name).get("spec")
+    node = every(kind)[name].get("spec")
     return on_meta(kind, name).spec if node is None else build(node)
 
 
@@ -76,6 +103,7 @@ class Entry:
 
     Attributes:
         name, kind: of its config.
+        system: its class.
         spec: its tokens.
         parameters: how many numbers its weights have.
         layouts: official layouts that it reads.
@@ -89,6 +117,7 @@ class Entry:
 
     name: str
     kind: str
+    system: str
     spec: TokenSpec
     parameters: int
     layouts: tuple[str, ...]
@@ -117,13 +146,35 @@ def describe(kind: str, name: str) -> Entry:
     else:
         belongs = {other for other in names("model") if generator_of(other) == name}
     return Entry(
-        name=name, kind=kind, spec=network.spec,
+        name=name, kind=kind, system=type(network).__name__, spec=network.spec,
         parameters=sum(parameter.numel() for parameter in network.parameters()), layouts=tuple(network.key_maps()),
         about=documentation.split("\n\n")[0].replace("\n", " "),
         papers=tuple(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", documentation))),
         partners=tuple(partner for partner in names(other) if spec_of(other, partner) == network.spec),
         samplers=fitting, drafting=drafting,
         published={key: published for key, published in PUBLISHED.items() if published.config in belongs})
+
+
+def golden_cases(system: str) -> list[str]:
+    """Names SYSTEM/CASE of the golden cases of a class of generators or tokenizers, where tests lie beside the code."""
+    return sorted({str(case.relative_to(GOLDENS_FOLDER)) for pattern in GOLDENS[system]
+                   for case in GOLDENS_FOLDER.glob(pattern) if case.is_dir()})
+
+
+def sampling_cost(model: str) -> costs.SamplingCost:
+    """What one image's tokens cost, as a model's own sampler draws them."""
+    config = config_of("model", model)
+    with torch.device("meta"):
+        generator = build(config.generator)
+        codebook = build(config.tokenizer).codebook() if generator.embeds_codebook else None
+    return costs.of_sampling(generator, build(config.sampler), codebook)
+
+
+def tokenizer_cost(config: DictConfig, decode: Mapping[str, Any] | None = None) -> tuple[int, int]:
+    """FLOPs of encoding and of decoding one image by a tokenizer's config."""
+    with torch.device("meta"):
+        tokenizer = build(config)
+    return costs.of_tokenizer(tokenizer, **(build(decode) if decode else {}))
 
 
 def generator_of(model: str) -> str | None:
@@ -141,7 +192,7 @@ def fitting_samplers(generator: Generator) -> tuple[tuple[str, ...], tuple[str, 
     """Names of the samplers that fit a generator, and of those that would with a draft model, which is not given."""
     fitting, drafting = [], []
     for name in names("sampler"):
-        node = config_of("sampler", name)
+        node = every("sampler")[name]
         try:
             build(node).check(generator)
             fitting.append(name)

@@ -10,10 +10,10 @@ attention counts every pair of a query and a key that it is given, masked or not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +24,6 @@ from varzoo.core.draws import Draws
 from varzoo.core.steps import at_step, options_of_phase
 from varzoo.generators.base import Condition, Generator
 from varzoo.generators.conditioners import CaptionPrefix
-from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.kv_cache import KVCache
 from varzoo.samplers.autoregressive import Autoregressive
 from varzoo.tokenizers.base import Tokenizer
@@ -112,16 +111,24 @@ def _layer_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), statistics, statistics
 
 
+def _mean(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
+    dims = range(x.ndim) if not dims else [dim % x.ndim for dim in dims]
+    sides = [1 if dim in dims else side for dim, side in enumerate(x.shape) if keepdim or dim not in dims]
+    return x.new_empty(sides)
+
+
 # What torch works out in Python for each shape anew, slowly: the shapes that these give.
 SHORTCUTS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((aten.add, aten.sub, aten.mul, aten.gelu, aten.silu, aten.rsqrt, aten.lerp), _elementwise),
-    aten.native_layer_norm: _layer_norm,
+    **dict.fromkeys((aten.add, aten.sub, aten.mul, aten.pow, aten.gelu, aten.silu, aten.rsqrt, aten.lerp),
+                    _elementwise),
+    aten.native_layer_norm: _layer_norm, aten.mean: _mean,
     aten.where: lambda mask, *values: _elementwise(*values).expand(torch.broadcast_shapes(
         mask.shape, *(value.shape for value in values))),
     aten.addmm: lambda bias, left, right: left.new_empty(len(left), right.shape[1])}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors within tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
@@ -183,19 +190,30 @@ def without_memory(network: Network, tally: Tally) -> Network:
     Layers of one list whose weights and arguments have the same shapes cost the same, so one of them is run. Linear
     layers are as `nn.Linear` has them: how a CPU takes the product is no matter of the network.
     """
+    linear: dict[Hashable, tuple[Tally, Any]] = {}
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             module._parameters[name] = nn.Parameter(Shaped(parameter.data, tally), requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = Shaped(buffer, tally)
-        if isinstance(module, FewRowsLinear):
-            module.forward = MethodType(nn.Linear.forward, module)
+        if isinstance(module, nn.Linear):
+            plain = MethodType(nn.Linear.forward, module)
+            module.forward = _remembered(plain, (module.weight.shape, module.bias is None), linear, tally)
     for stack in [module for module in network.modules() if isinstance(module, nn.ModuleList)]:
         costs: dict[Hashable, tuple[Tally, Any]] = {}
         for layer in stack:
             weights = tuple(tensor.shape for tensor in layer.state_dict().values())
-            layer.forward = _remembered(layer.forward, (id(stack), type(layer), weights), costs, tally)
+            for name in _methods(type(layer)):
+                kind = (id(stack), type(layer), name, weights)
+                setattr(layer, name, _remembered(getattr(layer, name), kind, costs, tally))
     return network.eval()
+
+
+def _methods(layer: type[nn.Module]) -> list[str]:
+    """Names of what a layer computes: `forward`, and public methods of its own."""
+    own = [kind for kind in layer.__mro__ if kind not in nn.Module.__mro__]
+    return sorted({name for kind in own for name, value in vars(kind).items()
+                   if isinstance(value, FunctionType) and not name.startswith("_")})
 
 
 def _remembered(forward: Callable[..., Any], kind: tuple[Hashable, ...], costs: dict[Hashable, tuple[Tally, Any]],
@@ -208,7 +226,7 @@ def _remembered(forward: Callable[..., Any], kind: tuple[Hashable, ...], costs: 
         else:
             before = tally.copy()
             result = forward(*args, **kwargs)
-            tally.rows[kind[0]] += next(_tensors(result)).shape[0]
+            tally.rows[kind[0]] += sum(tensor.shape[0] for tensor in _tensors(result))
             costs[likeness] = tally.since(before), result
         return costs[likeness][1]
 

@@ -64,16 +64,15 @@ def info(options: argparse.Namespace) -> str:
         from omegaconf import OmegaConf
 
         return OmegaConf.to_yaml(catalogue.config_of(kind, options.name)).rstrip()
-    lines = []
+    lines, entry = [], catalogue.describe(kind, options.name)
     if kind == "model":
         config = catalogue.config_of(kind, options.name)
         lines.append(wrapped("model", f"{options.name}; sampler "
                              f"{config.sampler._target_.rpartition('.')[2]}, guidance {config.sampler.guidance}, plan "
                              f"{config.sampler.get('plan')}, draw {config.sampler.get('draw')}"))
-    entry = catalogue.describe(kind, options.name)
     other = "tokenizers" if entry.kind == "generator" else "generators"
     lines += [wrapped(entry.kind, f"{entry.name}: {entry.about}"), wrapped("tokens", str(entry.spec)),
-              wrapped("parameters", f"{entry.parameters / 1e6:.1f}M"),
+              wrapped("parameters", f"{entry.parameters / 1e6:.1f}M"), *costs(kind, options.name),
               wrapped("papers", ", ".join(f"arXiv {paper}" for paper in entry.papers) or "none named"),
               wrapped("layouts", ", ".join(entry.layouts) or "none"),
               wrapped(other, ", ".join(entry.partners) or "none of this spec")]
@@ -86,7 +85,43 @@ def info(options: argparse.Namespace) -> str:
                              f"{published.licence}"))
     if not entry.published:
         lines.append(wrapped("official file", "none is published"))
-    return "\n".join(lines)
+    return "\n".join([*lines, wrapped("verified", verified(entry.system))])
+
+
+def costs(kind: str, name: str) -> list[str]:
+    """What an image costs: of a model by its own sampler, of a tokenizer both ways."""
+    from varzoo import catalogue
+
+    config = catalogue.config_of(kind, name)
+    if kind == "generator":
+        return [wrapped("cost", "depends on the sampler: ask for a model, or see varzoo info MODEL")]
+    if kind == "tokenizer":
+        encoding, decoding = catalogue.tokenizer_cost(config)
+        return [wrapped("cost", f"{flops(encoding)} to encode an image, {flops(decoding)} to decode it; a multiply-add "
+                                "is 2 FLOPs")]
+    cost, (_, decoding) = catalogue.sampling_cost(name), catalogue.tokenizer_cost(config.tokenizer, config.decode)
+    return [
+        wrapped("evaluations", f"{cost.steps} AR steps: {cost.backbone} of the backbone, {cost.head} of the head per "
+                f"image; with each branch of guidance counted {cost.backbone_passes} and {cost.head_passes}"),
+        wrapped("cost", f"{flops(cost.flops)} per image for its tokens, guidance included ({flops(cost.unguided_flops)}"
+                f" without), and {flops(decoding)} to decode them; a multiply-add is 2 FLOPs")]
+
+
+def flops(count: int) -> str:
+    return f"{count / 1e12:.2f} TFLOPs" if count >= 1e12 else f"{count / 1e9:.2f} GFLOPs"
+
+
+def verified(system: str) -> str:
+    """How a class of networks was compared with the official code."""
+    from varzoo import catalogue
+
+    patterns = catalogue.GOLDENS[system]
+    if not patterns:
+        return "no golden cases: there is nothing official to compare with, or none was recorded; see its page"
+    cases = len(catalogue.golden_cases(system))
+    number = f"{cases} golden cases" if cases else "golden cases of the repository"
+    return (f"{number} of the official code on tiny models ({', '.join(patterns)} in tests/goldens); not run on real "
+            "weights")
 
 
 def check(options: argparse.Namespace) -> str:
