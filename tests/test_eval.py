@@ -16,8 +16,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from tests.inception import write_random_inception
+from varzoo.cli.evaluate import main
 from varzoo.data import Digits
-from varzoo.eval.__main__ import main
 from varzoo.eval.feature_bank import FeatureBank
 from varzoo.eval.features import ClassifierFeatures, FeatureExtractor, full_precision
 from varzoo.eval.inception import WEIGHTS, InceptionFeatures

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.golden_case import fill
-from varzoo.cli.sample import sample as draw_images
+from varzoo.cli.drawing import sample as draw_images
 from varzoo.core.checkpoint import load_strictly, save_weights
 from varzoo.core.draws import Draws
 from varzoo.core.spec import TokenSpec

@@ -18,10 +18,11 @@ from varzoo.cli.leaderboard import entries
 from varzoo.cli.leaderboard_page import page
 from varzoo.cli.reproduce import requested
 from varzoo.cli.rows import load_row, row_names, verdicts
+from varzoo.configs import list_models
 from varzoo.eval.features import ClassifierFeatures
 from varzoo.eval.protocol import PROTOCOLS, read_rows
 from varzoo.hub import PUBLISHED
-from varzoo.loading import Model, build, compose_config, list_models
+from varzoo.loading import Model, build, compose_config
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SMALL = ["tokenizer.width=32", "tokenizer.multipliers=[1,1]", "tokenizer.image_size=16", "tokenizer.codebook_size=64",

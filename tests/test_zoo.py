@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from varzoo.configs import list_configs, list_models
 from varzoo.core.errors import unknown
 from varzoo.core.spec import require_same_tokens
 from varzoo.hub import PUBLISHED, fetch
-from varzoo.loading import build, compose_config, list_configs, list_models, load
+from varzoo.loading import build, compose_config, load
 
 UNPUBLISHED = ("resgen",)  # neither code nor weights, so no official layout
 

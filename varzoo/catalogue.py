@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varzoo import costs
+from varzoo.configs import list_configs
 from varzoo.core.checkpoint import atomic_path, read_config, read_weights, save_weights
 from varzoo.core.errors import unknown
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Generator
 from varzoo.hub import PUBLISHED, Published
-from varzoo.loading import build, compose_config, list_configs, load_weights
+from varzoo.loading import build, compose_config, load_weights
 from varzoo.tokenizers.base import Tokenizer
 
 # By class, the cases of tests/goldens (as shell patterns) that hold it to the official code.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from varzoo.configs import list_models
 from varzoo.core.checkpoint import existing, load_strictly, read_config, read_weights
 from varzoo.core.draws import Draws
 from varzoo.core.errors import unknown
@@ -233,18 +232,6 @@ def compose_config(name: str, overrides: list[str]) -> DictConfig:
         return compose(name, overrides)
     with initialize_config_module("varzoo.configs", version_base="1.3"):
         return compose(name, overrides)
-
-
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models (tokenizer, generator and sampler settings together) that `load` takes."""
-    return list_configs("model", pattern)
-
-
-def list_configs(group: str, pattern: str = "*") -> list[str]:
-    """Names of the configs of a group that a shell pattern matches; those that others are made of are left out."""
-    folder = resources.files("varzoo.configs") / group
-    names = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    return [name for name in names if fnmatch.fnmatch(name, pattern) and not name.startswith("_")]
 
 
 def load(name_or_path: str | Path, *, checkpoint: str | Path | None = None,
