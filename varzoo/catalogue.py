@@ -91,6 +91,11 @@ def on_meta(kind: str, name: str) -> Generator | Tokenizer:
         return build(every(kind)[name])
 
 
+def parameters_of(kind: str, name: str) -> int:
+    """How many numbers the weights of a tokenizer's or generator's config have."""
+    return sum(parameter.numel() for parameter in on_meta(kind, name).parameters())
+
+
 @lru_cache(maxsize=256)
 def spec_of(kind: str, name: str) -> TokenSpec:
     """The tokens of a tokenizer's or generator's config; where the config states them, nothing is built."""
@@ -203,6 +208,20 @@ def fitting_samplers(generator: Generator) -> tuple[tuple[str, ...], tuple[str, 
         except ValueError:
             continue
     return tuple(fitting), tuple(drafting)
+
+
+def fitting(name: str) -> dict[str, tuple[str, ...]]:
+    """Names by kind that fit a tokenizer, a generator, a model's generator, or a sampler."""
+    kind = kind_of(name)
+    if kind == "experiment":
+        raise ValueError(f"{name} is an experiment, which has chosen already: name a tokenizer, generator or sampler.")
+    if kind == "sampler":
+        generators = tuple(generator for generator in names("generator")
+                           if any(name in group for group in fitting_samplers(on_meta("generator", generator))))
+        return {"generator": generators}
+    entry = describe(kind, name)
+    other = NETWORKS[1 - NETWORKS.index(entry.kind)]
+    return {other: entry.partners, "sampler": (*entry.samplers, *entry.drafting)}
 
 
 @dataclass(frozen=True, kw_only=True)
