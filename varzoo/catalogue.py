@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -24,11 +25,14 @@ from torch import Tensor
 from varzoo import costs
 from varzoo.configs import list_configs
 from varzoo.core.checkpoint import atomic_path, read_config, read_weights, save_weights
+from varzoo.core.draws import Draws
 from varzoo.core.errors import unknown
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Generator
 from varzoo.hub import PUBLISHED, Published
 from varzoo.loading import build, compose_config, load_weights
+from varzoo.samplers.autoregressive import Autoregressive
+from varzoo.samplers.base import Sampler
 from varzoo.tokenizers.base import Tokenizer
 
 # By class, the cases of tests/goldens (as shell patterns) that hold it to the official code.
@@ -194,19 +198,23 @@ def generator_of(model: str) -> str | None:
     return generator_of(inherited[0]) if inherited else None
 
 
+@torch.no_grad()
 def fitting_samplers(generator: Generator) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the samplers that fit a generator, and of those that would with a draft model, which is not given."""
     fitting, drafting = [], []
+    trial = costs.without_memory(deepcopy(generator), costs.Tally())
     for name in names("sampler"):
-        node = every("sampler")[name]
-        try:
-            build(node).check(generator)
-            fitting.append(name)
-        except FileNotFoundError:  # it drafts with a model
-            if get_class(node["_target_"]).needs <= generator.offers:
+        sampler = _sampler(name)
+        if sampler is None:  # it drafts with a model
+            if get_class(every("sampler")[name]["_target_"]).needs <= generator.offers:
                 drafting.append(name)
-        except ValueError:
             continue
+        with contextlib.suppress(ValueError):
+            sampler.check(generator)
+            if isinstance(sampler, Autoregressive):  # only a decoding knows whether a plan fits
+                trial.begin(costs.any_condition(trial), draws=Draws(0, (0,)), guidance=sampler.guidance,
+                            plan=sampler.plan)
+            fitting.append(name)
     return tuple(fitting), tuple(drafting)
 
 
@@ -222,6 +230,15 @@ def fitting(name: str) -> dict[str, tuple[str, ...]]:
     entry = describe(kind, name)
     other = NETWORKS[1 - NETWORKS.index(entry.kind)]
     return {other: entry.partners, "sampler": (*entry.samplers, *entry.drafting)}
+
+
+@lru_cache(maxsize=64)
+def _sampler(name: str) -> Sampler | None:
+    """A sampler's config built, None for one that drafts with a model."""
+    try:
+        return build(every("sampler")[name])
+    except FileNotFoundError:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

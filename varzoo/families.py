@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -77,6 +79,9 @@ def specs(family: Family) -> frozenset[TokenSpec]:
     """The tokens of a family's configs, and of models that set it up otherwise."""
     found = {catalogue.spec_of(family.kind, name) for name in family.members}
     for model in catalogue.names("model"):
+        text = (resources.files("varzoo.configs") / "model" / f"{model}.yaml").read_text()
+        if not re.search(rf"^{family.kind}:", text, re.MULTILINE):
+            continue
         node = catalogue.config_of("model", model)[family.kind]
         if node is not None and node["_target_"].endswith(f".{family.name}"):
             with torch.device("meta"):
@@ -91,9 +96,8 @@ def drawing() -> tuple[Family, ...]:
 
 def takes(family: Family, spec: TokenSpec) -> bool:
     """Whether a family of generators can be built for these tokens, in the smallest of its configs."""
-    smallest = min(family.members, key=lambda name: catalogue.parameters_of("generator", name))
-    node = OmegaConf.merge(catalogue.every("generator")[smallest], {
-        "spec": {"_target_": "varzoo.core.spec.TokenSpec", **asdict(spec), "shape": list(spec.shape)}})
+    node = OmegaConf.to_container(catalogue.every("generator")[smallest(family)], resolve=True)
+    node["spec"] = {"_target_": "varzoo.core.spec.TokenSpec", **asdict(spec)}
     try:
         with torch.device("meta"):
             return build(node).spec == spec
@@ -108,12 +112,15 @@ def fit(tokenizer: Family, generator: Family) -> str:
     return "takes" if any(takes(generator, spec) for spec in sorted(specs(tokenizer), key=str)) else ""
 
 
+def smallest(family: Family) -> str:
+    """The config of a family with the fewest parameters."""
+    return min(family.members, key=lambda name: catalogue.parameters_of(family.kind, name))
+
+
 @cache
 def samplers(family: Family) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Samplers that fit some config of a family of generators, and those that do with a draft model."""
-    each = [catalogue.fitting_samplers(catalogue.on_meta("generator", name)) for name in family.members]
-    fitting, drafting = ({name for groups in each for name in groups[place]} for place in (0, 1))
-    return tuple(sorted(fitting)), tuple(sorted(drafting))
+    """Samplers that fit a family of generators, in its smallest config, and those that do with a draft model."""
+    return catalogue.fitting_samplers(catalogue.on_meta("generator", smallest(family)))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -148,8 +155,8 @@ for such tokens, once its `generator.spec` is set to theirs and it is trained an
 
 ## Generators and samplers
 
-Samplers are the names of their configs, as in `sampler=diffusion`. Whether a sampler that compares codes or drafts with a
-model fits a run depends on the tokenizer and the draft model too; what does not fit is refused with the reason.
+Samplers are the names of their configs, as in `sampler=diffusion`. Whether a sampler that compares codes or drafts with
+a model fits a run depends on the tokenizer and the draft model too; what does not fit is refused with the reason.
 
 {sampling}
 

@@ -44,7 +44,8 @@ def parser() -> argparse.ArgumentParser:
     recon = commands.add_parser(
         "recon", help="originals beside a tokenizer's reconstructions, with PSNR, SSIM, LPIPS",
         description="Originals beside reconstructions as a PNG, with PSNR, SSIM and LPIPS.\nFor rFID over a whole data "
-                    "set: python -m varzoo.eval reconstruct=TOKENIZER.", formatter_class=argparse.RawDescriptionHelpFormatter,
+                    "set: python -m varzoo.eval reconstruct=TOKENIZER.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="settings:\n" + "\n".join(f"  {name:12} {meaning}" for name, (_, meaning) in RECON.items()))
     recon.add_argument("images", help="a folder of images, or digits, digits_train, fashion_mnist")
     recon.add_argument("settings", nargs="+", metavar="name=value")
