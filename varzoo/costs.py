@@ -92,8 +92,8 @@ class Shaped(Tensor):
         shapes, named = _mapped(args, _shape_only), _mapped(kwargs, _shape_only)
         shortcut = SHORTCUTS.get(function.overloadpacket)
         result = function(*shapes, **named) if shortcut is None else shortcut(*shapes)
-        if function.overloadpacket in flop_registry:
-            tally.flops += flop_registry[function.overloadpacket](*shapes, **named, out_val=result)
+        if function.overloadpacket in FLOPS:
+            tally.flops += FLOPS[function.overloadpacket](*shapes, **named, out_val=result)
         if function._schema.name.endswith("_"):  # in place
             return args[0]
         return _mapped(result, lambda tensor: Shaped(tensor, tally))
@@ -117,6 +117,10 @@ def _mean(x: Tensor, dims: Sequence[int] | None = None, keepdim: bool = False) -
     return x.new_empty(sides)
 
 
+# The CPU's attention, which torch does not count, costs what any other does.
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry, aten._scaled_dot_product_flash_attention_for_cpu:
+        flop_registry[aten._scaled_dot_product_flash_attention]}
 # What torch works out in Python for each shape anew, slowly: the shapes that these give.
 SHORTCUTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.add, aten.sub, aten.mul, aten.pow, aten.gelu, aten.silu, aten.rsqrt, aten.lerp),
@@ -266,14 +270,15 @@ def of_sampling(generator: Generator, sampler: Autoregressive, codebook: Tensor 
     if codebook is not None:
         generator.use_codebook(codebook)
     without_memory(generator, tally)
-    steps = _follow(generator, sampler, tally, sampler.guidance)
-    plain = _follow(generator, sampler, tally, None)
+    start, steps = _follow(generator, sampler, tally, sampler.guidance)
+    plain_start, plain = _follow(generator, sampler, tally, None)
     return SamplingCost(
         steps=len(steps), backbone=sum(step.backbone for step in steps), head=sum(step.head for step in steps),
         backbone_passes=round(sum(step.backbone * step.predicted.branches(single.predicted)
                                   for step, single in zip(steps, plain))),
         head_passes=round(sum(step.head * step.drawn.branches(single.drawn) for step, single in zip(steps, plain))),
-        flops=sum(step.flops for step in steps), unguided_flops=sum(step.flops for step in plain))
+        flops=start + sum(step.flops for step in steps),
+        unguided_flops=plain_start + sum(step.flops for step in plain))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,10 +296,15 @@ class _StepCost:
 
 
 @torch.no_grad()
-def _follow(generator: Generator, sampler: Autoregressive, tally: Tally, guidance: Any) -> list[_StepCost]:
-    """The steps of one image. What is drawn is zero; draws of the same shapes cost the same, so one of them is run."""
-    draws, costs, known = Draws(0, (0,)), [], {}
+def _follow(generator: Generator, sampler: Autoregressive, tally: Tally, guidance: Any) -> tuple[int, list[_StepCost]]:
+    """FLOPs of opening a decoding of one image, and its steps.
+
+    What is drawn is zero; draws of the same shapes cost the same, so one of them is run. What a decoding does with
+    drawn tokens is not counted.
+    """
+    draws, costs, known, opening = Draws(0, (0,)), [], {}, tally.flops
     decoding = generator.begin(any_condition(generator), draws=draws, guidance=guidance, plan=sampler.plan)
+    opening = tally.flops - opening
     for step in decoding.steps:
         before = tally.copy()
         prediction = decoding.predict(step)
@@ -309,7 +319,7 @@ def _follow(generator: Generator, sampler: Autoregressive, tally: Tally, guidanc
         costs.append(_StepCost(backbone=prediction.backbone_evaluations, head=evaluations, predicted=predicted,
                                drawn=cost))
         decoding.commit(step, tokens, _mapped(prediction.carry, _zeros))
-    return costs
+    return opening, costs
 
 
 def any_condition(generator: Generator) -> Condition:
