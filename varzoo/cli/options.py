@@ -10,7 +10,7 @@ JOBS = {
     "score": "samples=DIR|FILE.npz reference=... [protocol=adm | extractor=NAME]",
     "build": "reference=build data=NAME|DIR out=FILE.npz [protocol=adm | extractor=NAME]",
     "reconstruct": "reconstruct=TOKENIZER data=NAME|DIR out=DIR",
-    "reproduce": "reproduce=NAME checkpoint=FILE tokenizer_checkpoint=FILE reference=... out=DIR",
+    "reproduce": "reproduce=NAME [tokenizer_]checkpoint=FILE reference=... out=DIR",
     "leaderboard": "leaderboard=DIR [results=FILE]",
 }
 
