@@ -42,12 +42,23 @@ def small(sampler: str, run: Path) -> list[str]:
     return overrides + ([f"drafter={run}"] if "drafter" in config else [])
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs lie, so that a tokenizer is trained once."""
+    return tmp_path_factory.mktemp("matrix")
+
+
+def trained(experiment: str, *overrides: str) -> Path:
+    """The folder of a run of two steps."""
+    return train(compose_config("train", [f"experiment={experiment}", "steps=2", "samples_every=0", "validate_every=2",
+                                          "checkpoint_every=2", "batch_size=8", "learning_rate=constant", *overrides]))
+
+
 @pytest.mark.parametrize("experiment", TRAINED)
-def test_triples(experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triples(experiment: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of training, its checkpoint read again, guided samples by every sampler that fits, decoded, scored."""
-    monkeypatch.chdir(tmp_path)
-    run = train(compose_config("train", [f"experiment={experiment}", "steps=2", "samples_every=0", "validate_every=2",
-                                         "checkpoint_every=2", "batch_size=8", "learning_rate=constant"]))
+    monkeypatch.chdir(folder)
+    run = trained(experiment)
     own = load(run)
     register_run(run, own_sampler=False)
     fits, refused = ["its own"], {}
@@ -76,6 +87,23 @@ def test_triples(experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                    reference=reference, extractor=extractor)
     assert scores.fd > 0
     print(f"{experiment}: {', '.join(fits)}")
+
+
+def test_triples_with_a_drafter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers whose draft is an EAGLE drafter's, which learns from its target: both are trained, and draw."""
+    monkeypatch.chdir(folder)
+    target = trained("smoke_llamagen", "run_dir=runs/target")
+    drafter = trained("smoke_drafter", "target_experiment=null", f"target_checkpoint={target}")
+    names = [name for name in catalogue.fitting_samplers(load(target).generator)[1]
+             if "eagle" in str(catalogue.every("sampler")[name]).lower()]
+    assert {"eagle", "eagle2", "lantern", "lantern_pp"} <= set(names)
+    for name in names:
+        overrides = [f"sampler={name}", f"drafter={drafter}"]
+        if "k" in catalogue.every("sampler")[name].policy:
+            overrides.append("sampler.policy.k=8")  # of 128 codes
+        images, counts = load(target, overrides=overrides).sample(LABELS, seed=1)
+        assert images.dtype == torch.uint8 and counts.draft_evaluations > 0, name
+    print(f"with a drafter: {', '.join(names)}")
 
 
 def source_of(experiment: str) -> DictConfig:
