@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.test_text import WORDS
-from varzoo.cli.sample import sample
+from varzoo.cli.drawing import sample
 from varzoo.generators.base import Condition
 from varzoo.loading import build, compose_config
 from varzoo.text import CaptionIds, CaptionTokenizer

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from varzoo import catalogue
+from varzoo import catalogue, families
 from varzoo.cli.zoo import KINDS, main
 from varzoo.core.checkpoint import read_config, read_weights
 from varzoo.loading import build, load_tokenizer
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_names_by_kind_and_pattern() -> None:
@@ -133,8 +135,71 @@ def test_the_command_line(capsys: pytest.CaptureFixture) -> None:
         main(["info", "mar_bb"])
 
 
-def test_help_imports_no_torch() -> None:
-    code = ("import sys; sys.argv = ['varzoo', '--help']\nfrom varzoo.cli.zoo import main\ntry: main()\n"
-            "except SystemExit: pass\nassert 'torch' not in sys.modules")
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert len(printed.splitlines()) < 25
+def test_lists_of_what_fits(capsys: pytest.CaptureFixture) -> None:
+    main(["list", "mar*", "--fits", "kl_f2"])
+    assert capsys.readouterr().out.split() == ["generators", "mar_nano,", "mar_tiny"]
+    main(["list", "--fits", "llamagen_tiny", "--kind", "sampler"])
+    printed = capsys.readouterr().out
+    assert "sjd" in printed and "lantern" in printed and "diffusion" not in printed and "masked" not in printed
+    main(["list", "--tokens", "continuous grid 8 x 8", "--kind", "tokenizer"])
+    assert capsys.readouterr().out.split() == ["tokenizers", "kl_f2"]
+    with pytest.raises(SystemExit, match=r"nothing is called 'vq\*' --fits 'kl_f2'"):
+        main(["list", "vq*", "--fits", "kl_f2"])
+    with pytest.raises(SystemExit, match="is an experiment, which has chosen already"):
+        main(["list", "--fits", "digits_mar"])
+
+
+def test_a_sampler_fits_only_if_its_plan_does() -> None:
+    fitting, drafting = catalogue.fitting_samplers(catalogue.on_meta("generator", "llamagen_tiny"))
+    assert "categorical" in fitting and "masked" not in fitting and "lantern" in drafting
+    assert catalogue.fitting_samplers(catalogue.on_meta("generator", "xar_tiny")) == (("flow_ode", "flow_sde"), ())
+
+
+def test_pages_rendered_from_the_configs_are_fresh() -> None:
+    page, readme = ROOT / "docs" / "matrix.md", ROOT / "README.md"
+    assert page.read_text() == families.matrix_page(), f"docs/matrix.md is stale: {families.RENEW}"
+    assert readme.read_text() == families.with_readme_table(readme.read_text()), f"README is stale: {families.RENEW}"
+    every = (*families.families("tokenizer"), *families.families("generator"))
+    assert all(family.page for family in every)
+    assert {name for family in every for name in family.members} == {
+        *catalogue.names("tokenizer"), *catalogue.names("generator")}
+    with pytest.raises(ValueError, match="has no lines <!-- systems"):
+        families.with_readme_table("# varzoo")
+
+
+def test_reconstructions_beside_originals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.chdir(tmp_path)
+    official("tokenizer", "vq_f2", "llamagen", tmp_path / "vq.pt")
+    given = ["tokenizer=vq_f2", "checkpoint=vq.pt", "lpips=none"]
+    main(["recon", "digits", *given, "count=10", "batch_size=4", "out=x.png"])
+    printed = capsys.readouterr().out
+    scores = re.search(r"10 images +PSNR ([\d.]+) +SSIM (-?[\d.]+) +\(without LPIPS, as asked\)", printed)
+    assert scores and 0 < float(scores[1]) < 40 and -1 <= float(scores[2]) <= 1
+    with Image.open("x.png") as picture:
+        assert picture.height == 2 * (64 + 2) + 2  # a row of originals, one of reconstructions; small ones enlarged
+
+    (tmp_path / "flat").mkdir()
+    for name in "ab":
+        Image.new("RGB", (40, 50), "red").save(tmp_path / "flat" / f"{name}.png")
+    main(["recon", "flat", *given, "count=2"])
+    assert "written: recon.png" in capsys.readouterr().out and (tmp_path / "recon.png").is_file()
+
+    (tmp_path / "empty").mkdir()
+    for arguments, message in ((["digits", *given, "count=501"], "500 images are there"),
+                               (["digits", *given, "count=none"], "count must be a positive whole number"),
+                               (["digits", "lpips=none"], "give checkpoint=FILE"),
+                               (["digits", *given, "ouut=x"], "unknown setting 'ouut'. Did you mean 'out'"),
+                               (["digitz", *given], "unknown data set 'digitz'. Did you mean 'digits'"),
+                               (["empty", *given], "holds no images"),
+                               (["digits", "tokenizer=vq_f2", "checkpoint=none.pt", "lpips=none"], "no checkpoint")):
+        with pytest.raises(SystemExit, match=message):
+            main(["recon", *arguments])
+
+
+def test_lpips_is_left_out_only_where_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VARZOO_WEIGHTS", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nowhere"))
+    official("tokenizer", "vq_f2", "llamagen", tmp_path / "vq.pt")
+    with pytest.raises(SystemExit, match="no LPIPS weights at"):
+        main(["recon", "digits", "tokenizer=vq_f2", f"checkpoint={tmp_path / 'vq.pt'}"])

@@ -511,7 +511,7 @@ def test_a_run_is_complete_by_itself_and_draws_as_many_tokens_as_asked(tmp_path:
     plan = ["++sampler.plan={_target_:varzoo.generators.causal.Prefix,tokens:3}", "decode={steps:1}"]
     images, counts = load(tmp_path / "runs/smoke_flextok_ar", overrides=plan).sample([3, 7])
     assert images.shape == (2, 3, 16, 16) and counts.steps == 3
-    from varzoo.cli.sample import sample
+    from varzoo.cli.drawing import sample
     from varzoo.loading import register_run
 
     checkpoint, tokenizer_checkpoint = register_run(tmp_path / "runs/smoke_flextok_ar")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.golden_case import fill
-from varzoo.cli.sample import sample as draw_images
+from varzoo.cli.drawing import sample as draw_images
 from varzoo.core.checkpoint import load_strictly, save_weights
 from varzoo.core.draws import Draws
 from varzoo.core.spec import TokenSpec
@@ -27,7 +27,7 @@ from varzoo.loading import compose_config, load, register_run
 from varzoo.nn import denoiser
 from varzoo.nn.diffusion import Diffusion
 from varzoo.nn.diffusion_transformer import DiffusionTransformer, position_table
-from varzoo.nn.masked_vit import take_rows
+from varzoo.nn.rows import take_rows
 from varzoo.nn.solvers import DDIM, DDPM, Known
 from varzoo.predictions.diffusion import MapDiffusionPrediction
 from varzoo.samplers.autoregressive import Autoregressive

@@ -16,7 +16,8 @@ from varzoo.core.steps import Constant, LinearInTokens, Schedule
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.mar import MAR
 from varzoo.generators.masked import MaskPlan, masked_steps
-from varzoo.nn.masked_vit import block_at, take_rows
+from varzoo.nn.masked_vit import block_at
+from varzoo.nn.rows import take_rows
 from varzoo.samplers.autoregressive import Autoregressive
 from varzoo.training.optim import WarmupConstant, WarmupCosine, parameter_groups
 

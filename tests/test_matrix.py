@@ -5,24 +5,28 @@ The triples are read from the configs: a new smoke experiment or sampler is in t
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import get_class
+from omegaconf import DictConfig
 
 from varzoo import catalogue
 from varzoo.core.spec import require_same_tokens
 from varzoo.eval.features import ClassifierFeatures
 from varzoo.eval.score import Samples, dataset_samples, reference_statistics, score
-from varzoo.loading import build, compose_config, load, register_run
+from varzoo.loading import build, compose_config, fit_together, load, register_run
 from varzoo.samplers.base import Sampler
 from varzoo.training.run import train
 
 TRAINED = [name for name in catalogue.names("experiment", "smoke_*")
            if (node := catalogue.config_of("experiment", name).generator) is not None
            and not get_class(node["_target_"]).needs_target]  # a drafter draws nothing by itself
+DEBUG_TOKENIZERS = [name for name in catalogue.names("tokenizer") if re.search(r"_(tiny|f\d)$", name)]
+DEBUG_GENERATORS = catalogue.names("generator", "*_tiny*")
 LABELS = [3, 7, 3, 7, 0]
 SMALL = {"sampler.plan.steps": 2, "sampler.draw.steps": 2}  # where a sampler has them
 
@@ -38,12 +42,23 @@ def small(sampler: str, run: Path) -> list[str]:
     return overrides + ([f"drafter={run}"] if "drafter" in config else [])
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs lie, so that a tokenizer is trained once."""
+    return tmp_path_factory.mktemp("matrix")
+
+
+def trained(experiment: str, *overrides: str) -> Path:
+    """The folder of a run of two steps."""
+    return train(compose_config("train", [f"experiment={experiment}", "steps=2", "samples_every=0", "validate_every=2",
+                                          "checkpoint_every=2", "batch_size=8", "learning_rate=constant", *overrides]))
+
+
 @pytest.mark.parametrize("experiment", TRAINED)
-def test_triples(experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triples(experiment: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps of training, its checkpoint read again, guided samples by every sampler that fits, decoded, scored."""
-    monkeypatch.chdir(tmp_path)
-    run = train(compose_config("train", [f"experiment={experiment}", "steps=2", "samples_every=0", "validate_every=2",
-                                         "checkpoint_every=2", "batch_size=8", "learning_rate=constant"]))
+    monkeypatch.chdir(folder)
+    run = trained(experiment)
     own = load(run)
     register_run(run, own_sampler=False)
     fits, refused = ["its own"], {}
@@ -57,7 +72,9 @@ def test_triples(experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert drawn.dtype == torch.uint8 and drawn.shape == images[0].shape and counts.steps > 0, name
         images.append(drawn)
         fits.append(name)
-    assert len(fits) > 1, f"no sampler of the configs fits {experiment}: {refused}"
+    fitting, drafting = catalogue.fitting_samplers(own.generator)
+    assert {*fitting} <= {*fits}, f"said to fit {experiment}, but refused: {refused}"
+    assert {*fits} <= {"its own", *fitting, *drafting}, f"fits {experiment}, but is said not to"
     for name, reason in refused.items():
         ways_out = ("hoose", "use ", "rop the option", "ive ", "raft one", "raft with", "takes no plan")
         assert any(way in reason for way in ways_out), f"{name}: {reason}"
@@ -72,18 +89,66 @@ def test_triples(experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     print(f"{experiment}: {', '.join(fits)}")
 
 
-def test_pairs_fit_where_their_tokens_are_the_same_and_are_refused_elsewhere() -> None:
-    tokenizers = {name: catalogue.spec_of("tokenizer", name) for name in catalogue.names("tokenizer", "*_[ft]*")}
-    generators = {name: catalogue.spec_of("generator", name) for name in catalogue.names("generator", "*_tiny")}
-    fitting = 0
-    for (_, ours), (_, theirs) in product(tokenizers.items(), generators.items()):
-        if ours == theirs:
-            require_same_tokens(ours, theirs)
-            fitting += 1
+def test_triples_with_a_drafter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samplers whose draft is an EAGLE drafter's, which learns from its target: both are trained, and draw."""
+    monkeypatch.chdir(folder)
+    target = trained("smoke_llamagen", "run_dir=runs/target")
+    drafter = trained("smoke_drafter", "target_experiment=null", f"target_checkpoint={target}")
+    names = [name for name in catalogue.fitting_samplers(load(target).generator)[1]
+             if "eagle" in str(catalogue.every("sampler")[name]).lower()]
+    assert {"eagle", "eagle2", "lantern", "lantern_pp"} <= set(names)
+    for name in names:
+        overrides = [f"sampler={name}", f"drafter={drafter}"]
+        if "k" in catalogue.every("sampler")[name].policy:
+            overrides.append("sampler.policy.k=8")  # of 128 codes
+        images, counts = load(target, overrides=overrides).sample(LABELS, seed=1)
+        assert images.dtype == torch.uint8 and counts.draft_evaluations > 0, name
+    print(f"with a drafter: {', '.join(names)}")
+
+
+def source_of(experiment: str) -> DictConfig:
+    """The experiment that trains an experiment's tokenizer: the same one, or another."""
+    config = catalogue.config_of("experiment", experiment)
+    return config if config.tokenizer else catalogue.config_of("experiment", config.tokenizer_experiment)
+
+
+def test_every_pair_that_fits_at_a_debug_size_is_trained_and_drawn_from() -> None:
+    """The triples leave no pair of a debug tokenizer and a debug generator out that could be combined."""
+    drawn = {(source_of(name).tokenizer["_target_"], catalogue.config_of("experiment", name).generator["_target_"])
+             for name in TRAINED}
+    tokenizers, generators = catalogue.every("tokenizer"), catalogue.every("generator")
+    fitting = {(tokenizers[one]["_target_"], generators[other]["_target_"])
+               for one, other in product(DEBUG_TOKENIZERS, DEBUG_GENERATORS)
+               if catalogue.spec_of("tokenizer", one) == catalogue.spec_of("generator", other)
+               and not get_class(generators[other]["_target_"]).needs_target}
+    assert len(fitting) >= 14 and fitting <= drawn
+
+
+@pytest.mark.parametrize("generator", catalogue.names("generator"))
+@pytest.mark.parametrize("tokenizer", catalogue.names("tokenizer"))
+def test_a_pair_fits_if_its_tokens_are_the_same_and_is_refused_else(tokenizer: str, generator: str) -> None:
+    ours, theirs = catalogue.spec_of("tokenizer", tokenizer), catalogue.spec_of("generator", generator)
+    if ours == theirs:
+        require_same_tokens(ours, theirs)
+        return
+    with pytest.raises(ValueError) as refused:
+        require_same_tokens(ours, theirs)
+    message = str(refused.value)
+    assert f"the tokenizer makes {ours}; the generator expects {theirs}" in message
+    assert f"varzoo list --tokens '{theirs}' names what fits" in message
+
+
+@pytest.mark.parametrize("generator", DEBUG_GENERATORS)
+def test_networks_are_composed_or_refused_as_their_configs_say(generator: str) -> None:
+    with torch.device("meta"):
+        network = build(catalogue.config_of("generator", generator))
+    for name in DEBUG_TOKENIZERS:
+        tokenizer = catalogue.on_meta("tokenizer", name)
+        if catalogue.spec_of("tokenizer", name) == network.spec:
+            fit_together(tokenizer, network)
         else:
-            with pytest.raises(ValueError, match=r"the tokenizer makes .*the generator expects .*Choose a tokenizer"):
-                require_same_tokens(ours, theirs)
-    assert fitting >= 10
+            with pytest.raises(ValueError, match="tokenizer and generator do not fit"):
+                fit_together(tokenizer, network)
 
 
 def test_every_sampler_needs_what_some_generator_offers() -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from varzoo.cli.sample import sample
+from varzoo.cli.drawing import sample
 from varzoo.core.checkpoint import read_config
 from varzoo.core.draws import Draws
 from varzoo.generators.llamagen import LlamaGen

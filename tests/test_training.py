@@ -14,8 +14,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from varzoo.cli.drawing import place, sample
 from varzoo.cli.evaluate import main
-from varzoo.cli.sample import place, sample
 from varzoo.core.checkpoint import read_config, read_weights
 from varzoo.demo import demo
 from varzoo.eval.features import ClassifierFeatures

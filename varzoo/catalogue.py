@@ -9,10 +9,12 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.utils import get_class
@@ -20,14 +22,32 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
+from varzoo import costs
 from varzoo.configs import list_configs
 from varzoo.core.checkpoint import atomic_path, read_config, read_weights, save_weights
+from varzoo.core.draws import Draws
 from varzoo.core.errors import unknown
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Generator
 from varzoo.hub import PUBLISHED, Published
 from varzoo.loading import build, compose_config, load_weights
+from varzoo.samplers.autoregressive import Autoregressive
+from varzoo.samplers.base import Sampler
 from varzoo.tokenizers.base import Tokenizer
+
+# By class, the cases of tests/goldens (as shell patterns) that hold it to the official code.
+GOLDENS: dict[str, tuple[str, ...]] = {
+    "BinaryTokenizer": ("elm/b*",), "DAR": ("dar/ar_*", "dar/rope"),
+    "DARTokenizer": ("dar/codebook_*", "dar/decod*", "dar/pipeline", "dar/reconstruct", "dar/tokenizer_*"),
+    "Drafter": ("lantern/draft*",), "ELM": ("elm/ar_*",), "FlexTok": ("flextok/*",), "FlexTokAR": (),
+    "FlowAR": ("flowar/*",), "HiMAR": ("himar/*",), "KLTokenizer": ("mar/vae_*",),
+    "LlamaGen": ("llamagen/[ct]2i_*", "llamagen/pipeline", "llamagen/rope2d"),
+    "MAR": ("mar/mar_*", "mar/diff*", "mar/mask_schedule", "mar/vit_block"), "MaskedELM": ("elm/mlm_*",),
+    "NAR": ("nar/[ct]2i_*", "nar/image_orders_rope"), "RQTokenizer": ("rqvae/autoencoder", "rqvae/*restart*"),
+    "RQTransformer": ("rqvae/transformer_*",), "ResGen": (), "TokenBridge": ("tokenbridge/*",),
+    "TokenBridgeTokenizer": ("tokenbridge/quantizer*",), "TokenShuffle": (), "VQTokenizer": ("llamagen/vq_*",),
+    "XAR": ("xar/*",)}
+GOLDENS_FOLDER = Path(__file__).parents[1] / "tests" / "goldens"  # in a checkout
 
 KINDS = ("model", "tokenizer", "generator", "sampler", "experiment")
 NETWORKS = ("generator", "tokenizer")
@@ -57,17 +77,33 @@ def config_of(kind: str, name: str) -> DictConfig:
     return whole if kind == "model" else whole[kind]
 
 
+def every(kind: str) -> DictConfig:
+    """The composed configs of all tokenizers, generators or samplers by name, composed at once, which is faster."""
+    return _together(kind, tuple(names(kind)))
+
+
+@lru_cache(maxsize=16)
+def _together(kind: str, members: tuple[str, ...]) -> DictConfig:
+    asked = [f"+{kind}@every.{name}={name}" for name in members]
+    return compose_config("sample", [*asked, "checkpoint=none"]).every
+
+
 @lru_cache(maxsize=256)
 def on_meta(kind: str, name: str) -> Generator | Tokenizer:
     """The network of a tokenizer's or generator's config, without memory for its weights."""
     with torch.device("meta"):
-        return build(config_of(kind, name))
+        return build(every(kind)[name])
+
+
+def parameters_of(kind: str, name: str) -> int:
+    """How many numbers the weights of a tokenizer's or generator's config have."""
+    return sum(parameter.numel() for parameter in on_meta(kind, name).parameters())
 
 
 @lru_cache(maxsize=256)
 def spec_of(kind: str, name: str) -> TokenSpec:
     """The tokens of a tokenizer's or generator's config; where the config states them, nothing is built."""
-    node = config_of(kind, name).get("spec")
+    node = every(kind)[name].get("spec")
     return on_meta(kind, name).spec if node is None else build(node)
 
 
@@ -77,6 +113,7 @@ class Entry:
 
     Attributes:
         name, kind: of its config.
+        system: its class.
         spec: its tokens.
         parameters: how many numbers its weights have.
         layouts: official layouts that it reads.
@@ -90,6 +127,7 @@ class Entry:
 
     name: str
     kind: str
+    system: str
     spec: TokenSpec
     parameters: int
     layouts: tuple[str, ...]
@@ -118,13 +156,35 @@ def describe(kind: str, name: str) -> Entry:
     else:
         belongs = {other for other in names("model") if generator_of(other) == name}
     return Entry(
-        name=name, kind=kind, spec=network.spec,
+        name=name, kind=kind, system=type(network).__name__, spec=network.spec,
         parameters=sum(parameter.numel() for parameter in network.parameters()), layouts=tuple(network.key_maps()),
         about=documentation.split("\n\n")[0].replace("\n", " "),
         papers=tuple(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", documentation))),
         partners=tuple(partner for partner in names(other) if spec_of(other, partner) == network.spec),
         samplers=fitting, drafting=drafting,
         published={key: published for key, published in PUBLISHED.items() if published.config in belongs})
+
+
+def golden_cases(system: str) -> list[str]:
+    """Names SYSTEM/CASE of the golden cases of a class of generators or tokenizers, where tests lie beside the code."""
+    return sorted({str(case.relative_to(GOLDENS_FOLDER)) for pattern in GOLDENS[system]
+                   for case in GOLDENS_FOLDER.glob(pattern) if case.is_dir()})
+
+
+def sampling_cost(model: str) -> costs.SamplingCost:
+    """What one image's tokens cost, as a model's own sampler draws them."""
+    config = config_of("model", model)
+    with torch.device("meta"):
+        generator = build(config.generator)
+        codebook = build(config.tokenizer).codebook() if generator.embeds_codebook else None
+    return costs.of_sampling(generator, build(config.sampler), codebook)
+
+
+def tokenizer_cost(config: DictConfig, decode: Mapping[str, Any] | None = None) -> tuple[int, int]:
+    """FLOPs of encoding and of decoding one image by a tokenizer's config."""
+    with torch.device("meta"):
+        tokenizer = build(config)
+    return costs.of_tokenizer(tokenizer, **(build(decode) if decode else {}))
 
 
 def generator_of(model: str) -> str | None:
@@ -138,20 +198,47 @@ def generator_of(model: str) -> str | None:
     return generator_of(inherited[0]) if inherited else None
 
 
+@torch.no_grad()
 def fitting_samplers(generator: Generator) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the samplers that fit a generator, and of those that would with a draft model, which is not given."""
     fitting, drafting = [], []
+    trial = costs.without_memory(deepcopy(generator), costs.Tally())
     for name in names("sampler"):
-        node = config_of("sampler", name)
-        try:
-            build(node).check(generator)
-            fitting.append(name)
-        except FileNotFoundError:  # it drafts with a model
-            if get_class(node["_target_"]).needs <= generator.offers:
+        sampler = _sampler(name)
+        if sampler is None:  # it drafts with a model
+            if get_class(every("sampler")[name]["_target_"]).needs <= generator.offers:
                 drafting.append(name)
-        except ValueError:
             continue
+        with contextlib.suppress(ValueError):
+            sampler.check(generator)
+            if isinstance(sampler, Autoregressive):  # only a decoding knows whether a plan fits
+                trial.begin(costs.any_condition(trial), draws=Draws(0, (0,)), guidance=sampler.guidance,
+                            plan=sampler.plan)
+            fitting.append(name)
     return tuple(fitting), tuple(drafting)
+
+
+def fitting(name: str) -> dict[str, tuple[str, ...]]:
+    """Names by kind that fit a tokenizer, a generator, a model's generator, or a sampler."""
+    kind = kind_of(name)
+    if kind == "experiment":
+        raise ValueError(f"{name} is an experiment, which has chosen already: name a tokenizer, generator or sampler.")
+    if kind == "sampler":
+        generators = tuple(generator for generator in names("generator")
+                           if any(name in group for group in fitting_samplers(on_meta("generator", generator))))
+        return {"generator": generators}
+    entry = describe(kind, name)
+    other = NETWORKS[1 - NETWORKS.index(entry.kind)]
+    return {other: entry.partners, "sampler": (*entry.samplers, *entry.drafting)}
+
+
+@lru_cache(maxsize=64)
+def _sampler(name: str) -> Sampler | None:
+    """A sampler's config built, None for one that drafts with a model."""
+    try:
+        return build(every("sampler")[name])
+    except FileNotFoundError:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from varzoo.core.errors import unknown
 
 JOBS = {
     "score": "samples=DIR|FILE.npz reference=... [protocol=adm | extractor=NAME]",
-    "build": "reference=build data=NAME|DIR|FILE.npz out=FILE.npz reference_type=train [protocol=adm | extractor=NAME]",
+    "build": "reference=build data=NAME|DIR out=FILE.npz [protocol=adm | extractor=NAME]",
     "reconstruct": "reconstruct=TOKENIZER data=NAME|DIR out=DIR",
-    "reproduce": "reproduce=NAME checkpoint=FILE tokenizer_checkpoint=FILE reference=... out=DIR",
+    "reproduce": "reproduce=NAME [tokenizer_]checkpoint=FILE reference=... out=DIR",
     "leaderboard": "leaderboard=DIR [results=FILE]",
 }
 
@@ -27,41 +27,36 @@ class Option:
 OPTIONS = {
     "samples": Option(None, "score", "a folder of images, or an .npz with arr_0 (images or clips)"),
     "reference": Option(None, "score build reproduce",
-                        "digits | digits_train | fashion_mnist | fashion_mnist_train (held-out or training images), an "
-                        ".npz with mu and sigma, images as for samples; or build"),
+                        "digits[_train] | fashion_mnist[_train] | statistics.npz | images | build"),
     "reference_type": Option(None, "score build reproduce",
-                             "train | validation | clips | images: what a reference that does not say it is"),
-    "protocol": Option(None, "score build", "adm | torch_fidelity | pytorch_fid | tokenizer | fvd_larp | "
-                                            "fvd_styleganv | fvd_videogpt: whose numbers to be comparable with"),
+                             "train | validation | clips | images, where it does not say it"),
+    "protocol": Option(None, "score build", "adm, torch_fidelity, pytorch_fid, tokenizer, "
+                                            "fvd_{larp,styleganv,videogpt}"),
     "allow": Option("", "score reproduce", "fields of the protocol that may differ, as in count,labels"),
     "extractor": Option(None, "score build reproduce", "digits | fashion_mnist | mobilenet | dinov2 | inception"),
     "weights": Option(None, "score build reproduce", "file of the extractor's weights"),
     "download": Option("false", "score build reproduce", "true: fetch published weights that are nowhere"),
     "root": Option(None, "score build reproduce reconstruct", "where Fashion-MNIST lies"),
-    "labels": Option(None, "score", "file with one class per line, for samples that do not carry theirs"),
-    "label_scheme": Option(None, "score", "how the classes were chosen, for samples whose manifest does not say it"),
-    "uint8_rule": Option(None, "score", "round | half_up | truncate | none, for samples whose manifest does not say "
-                                        "it"),
+    "labels": Option(None, "score", "file with one class per line, of samples without"),
+    "label_scheme": Option(None, "score", "how classes were chosen, of samples without a manifest"),
+    "uint8_rule": Option(None, "score", "round | half_up | truncate | none, of samples without a manifest"),
     "also": Option("", "score", "more metrics: sfd, precision_recall, kid, pairs (PSNR, SSIM, LPIPS)"),
     "lpips": Option("alex", "score", "alex | vgg | none"),
     "splits": Option("10", "score", "splits of the inception score"),
     "kid_subsets": Option("100", "score", "KID's subsets"),
     "kid_size": Option("1000", "score", "samples of each"),
     "features": Option("false", "build", "true: keep all features, for precision, recall and KID"),
-    "data": Option(None, "build reconstruct", "a data set by name (digits, digits_train, ...), or images as for "
-                                              "samples"),
+    "data": Option(None, "build reconstruct", "a data set by name (digits, digits_train, ...), or images"),
     "reconstruct": Option(None, "reconstruct", "a tokenizer's file or run"),
     "reproduce": Option(None, "reproduce", "a row of the leaderboard, such as mar_b"),
     "checkpoint": Option(None, "reproduce", "the generator's official file"),
     "tokenizer_checkpoint": Option(None, "reproduce", "the tokenizer's official file"),
-    "override": Option("", "reproduce", "settings of the model that differ from the row's, as sample.py takes them, "
-                                        "separated by spaces; the row is then not the published one"),
-    "count": Option(None, "reproduce", "number of samples, where the protocol's is departed from"),
+    "override": Option("", "reproduce", "settings that differ from the row's, separated by spaces"),
+    "count": Option(None, "reproduce", "number of samples, where not the protocol's"),
     "seed": Option("0", "reproduce", "seed of the samples"),
     "leaderboard": Option(None, "leaderboard", "folder for leaderboard.md and leaderboard.html"),
     "out": Option(None, "build reproduce reconstruct", "where to"),
-    "state": Option(None, "score", "a folder where the pass is kept, so that a killed one goes on; it is emptied at "
-                                   "the end"),
+    "state": Option(None, "score", "folder that lets a killed pass go on; emptied at the end"),
     "batch_size": Option("64", "score build reproduce reconstruct", "images per batch"),
     "device": Option("cpu", "score build reproduce reconstruct", "cpu | cuda"),
     "results": Option("results.jsonl", "score reproduce leaderboard", "file that rows are appended to"),
@@ -130,7 +125,7 @@ def parse(arguments: list[str]) -> Options:
 
 def usage() -> str:
     """All jobs and options."""
-    jobs = "\n".join(f"    python -m varzoo.eval {text}" for text in JOBS.values())
-    lines = [f"    {name:20} {option.meaning}" + (f" ({option.default})" if option.default else "")
+    jobs = "\n".join(f"  python -m varzoo.eval {text}" for text in JOBS.values())
+    lines = [f"  {name:20} {option.meaning}" + (f" ({option.default})" if option.default else "")
              for name, option in OPTIONS.items()]
     return f"{jobs}\nOptions:\n" + "\n".join(lines)

@@ -1,12 +1,16 @@
-"""Reconstruct a data set with a tokenizer, for rFID, PSNR, SSIM, LPIPS; and count which codes it uses."""
+"""Reconstruct images with a tokenizer: a whole data set for rFID and the codes it uses, or some of them to look at."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
 
 from varzoo.cli.measuring import dataset_by_name
 from varzoo.cli.options import Options
@@ -14,11 +18,14 @@ from varzoo.cli.processes import Processes
 from varzoo.core.checkpoint import weights_hash
 from varzoo.core.draws import Draws
 from varzoo.core.errors import unknown
-from varzoo.data.datasets import ImageFolder, LabelledImages
-from varzoo.eval.reconstruction import CodebookUsage
-from varzoo.eval.writers import PNGFolder
+from varzoo.data.datasets import ImageFolder, LabelledImages, image_files, read_image
+from varzoo.eval.reconstruction import CodebookUsage, PairScores
+from varzoo.eval.writers import PNGFolder, save_grid
 from varzoo.loading import load_tokenizer
-from varzoo.tokenizers.base import to_uint8
+from varzoo.nn.lpips import LPIPS
+from varzoo.tokenizers.base import Tokenizer, to_uint8
+
+COLUMNS = 8  # of a grid to look at
 
 
 @torch.no_grad()
@@ -30,7 +37,7 @@ def reconstruct(options: Options, processes: Processes) -> dict[str, Any]:
     """
     begun = time.perf_counter()
     tokenizer = load_tokenizer(options["reconstruct"]).to(processes.device)
-    dataset = images_of(options, tokenizer.image_size)
+    dataset = images_of(options["data"], options["root"], tokenizer.image_size)
     identity = {"data": dataset.describe(), "tokenizer": weights_hash(tokenizer.state_dict()), "count": len(dataset),
                 "label_scheme": "as in the data set"}
     folder = Path(options["out"])
@@ -40,16 +47,13 @@ def reconstruct(options: Options, processes: Processes) -> dict[str, Any]:
     if tokenizer.spec.kind == "discrete":
         usage = CodebookUsage(size=tokenizer.spec.size, count=len(dataset))
     mine = torch.arange(processes.rank, len(dataset), processes.world_size)
-    for rows in mine.split(options.whole("batch_size")):
-        images = torch.stack([dataset[int(row)]["image"] for row in rows]).to(processes.device)
-        tokens = tokenizer.encode(images)
+    for rows, images, tokens in encoded(tokenizer, dataset, mine, options.whole("batch_size"), processes.device):
         if usage is not None:
             usage.update(tokens, rows)
         missing = set(decoded.missing(rows.tolist())) | set(originals.missing(rows.tolist()))
         if missing:
             labels = dataset.labels[rows]
-            draws = Draws(0, tuple(rows.tolist()), processes.device)
-            decoded.write(tokenizer.to_uint8(tokenizer.decode(tokens, draws)), rows.tolist(), labels.tolist())
+            decoded.write(redrawn(tokenizer, tokens, rows), rows.tolist(), labels.tolist())
             originals.write(to_uint8(images), rows.tolist(), labels.tolist())
     if usage is not None and processes.many:
         usage.all_reduce()
@@ -63,13 +67,74 @@ def reconstruct(options: Options, processes: Processes) -> dict[str, Any]:
     return row
 
 
-def images_of(options: Options, image_size: tuple[int, int]) -> LabelledImages:
-    """A data set by name, or a folder with one sub-folder per class, in ADM's centre crop at the tokenizer's size."""
-    named = dataset_by_name(options["data"], options["root"], image_size=image_size)
+def encoded(tokenizer: Tokenizer, dataset: LabelledImages, rows: Tensor, batch_size: int,
+            device: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of some images of a data set: their rows `[B]`, images `[B, 3, H, W]` in [-1, 1], tokens."""
+    for part in rows.split(batch_size):
+        images = torch.stack([dataset[int(row)]["image"] for row in part]).to(device)
+        yield part, images, tokenizer.encode(images)
+
+
+def redrawn(tokenizer: Tokenizer, tokens: Tensor, rows: Tensor) -> Tensor:
+    """Tokens of images `[B]` decoded, uint8; an image depends on its row alone."""
+    return tokenizer.to_uint8(tokenizer.decode(tokens, Draws(0, tuple(rows.tolist()), tokens.device)))
+
+
+@torch.no_grad()
+def compare(tokenizer: Tokenizer, dataset: LabelledImages, path: Path, *, count: int, batch_size: int, lpips: str,
+            device: str) -> dict[str, float]:
+    """Score reconstructions of the first `count` images, and write a PNG of originals (odd rows) and them (even rows).
+
+    Args:
+        lpips: "alex", "vgg" or "none".
+
+    Returns:
+        PSNR, SSIM and LPIPS by name, means over the images.
+
+    Raises:
+        ValueError: the data set has fewer images, or LPIPS takes no images so small.
+        FileNotFoundError: weights of LPIPS are absent; the message says where to get them and how to do without.
+    """
+    if not 1 <= count <= len(dataset):
+        raise ValueError(f"{len(dataset)} images are there, so count is between 1 and that, got {count}.")
+    scores = PairScores(count=count, lpips=None if lpips == "none" else LPIPS.pretrained(lpips).to(device))
+    tokenizer, pairs = tokenizer.to(device), []
+    for rows, images, tokens in encoded(tokenizer, dataset, torch.arange(count), batch_size, device):
+        originals, reconstructions = to_uint8(images), redrawn(tokenizer, tokens, rows)
+        scores.update(reconstructions, originals, rows)
+        pairs.append(torch.stack([originals, reconstructions]).cpu())
+    columns = min(count, COLUMNS)
+    shown = torch.cat(pairs, dim=1)[:, :count // columns * columns]  # whole rows
+    names = ["original", "reconstruction"] * (shown.shape[1] // columns)
+    save_grid(path, rearrange(shown, "two (row column) ... -> (row two column) ...", column=columns), names)
+    return scores.result()
+
+
+def images_of(name: str, root: str | None, image_size: tuple[int, int]) -> LabelledImages:
+    """A data set by name, or a folder of images, sorted by class folder or not, in ADM's centre crop at a size."""
+    named = dataset_by_name(name, root, image_size=image_size)
     if named is not None:
         return named
-    if not Path(options["data"]).is_dir():
-        raise unknown("data set", options["data"], ("digits", "digits_train", "fashion_mnist", "fashion_mnist_train"))
-    return ImageFolder(root=options["data"], image_size=image_size)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise unknown("data set", name, ("digits", "digits_train", "fashion_mnist", "fashion_mnist_train"))
+    sorted_by_class = any(entry.is_dir() and entry.name[0] != "." for entry in folder.iterdir())
+    return (ImageFolder if sorted_by_class else Pictures)(root=folder, image_size=image_size)
 
 
+class Pictures(LabelledImages):
+    """A folder of images that are of no class.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, *, root: Path, image_size: tuple[int, int]) -> None:
+        super().__init__(split="all", image_size=image_size, augmentation="none", seed=0)
+        self.name, self.files, self.class_names = root.resolve().name, image_files(root), ("none",)
+        self.labels = torch.zeros(len(self.files), dtype=torch.int64)
+        if not self.files:
+            raise ValueError(f"{root} holds no images: give a folder of images, or of one folder of images per class.")
+
+    def picture(self, index: int) -> Image.Image:
+        return read_image(self.files[index])

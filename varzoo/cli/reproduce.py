@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from varzoo.cli.drawing import PRECISIONS, describe, place
 from varzoo.cli.measuring import find_reference, make_extractor
 from varzoo.cli.options import Options
 from varzoo.cli.processes import Processes
 from varzoo.cli.rows import Row, load_row, verdicts
-from varzoo.cli.sample import PRECISIONS, describe, place
 from varzoo.cli.score import score_files, splits_of
 from varzoo.eval.protocol import agree
 from varzoo.eval.readers import SampleReader

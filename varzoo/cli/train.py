@@ -1,4 +1,7 @@
-"""Train a tokenizer or a generator: `python train.py experiment=digits_mar seed=1`."""
+"""Train a tokenizer or a generator: `python train.py experiment=digits_mar seed=1`.
+
+What trains is imported once it is called for: --help needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from varzoo.training.run import train
-
 
 @hydra.main(config_path="pkg://varzoo.configs", config_name="train", version_base="1.3")
 def _run(config: DictConfig) -> None:
+    from varzoo.training.run import train
+
     try:
         folder = train(config)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:

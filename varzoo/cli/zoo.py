@@ -1,4 +1,4 @@
-"""What the zoo has, and what a file is: `varzoo list`, `varzoo info NAME`, `varzoo check FILE`, `varzoo convert`."""
+"""What the zoo has, and what a file is: `varzoo list | info | matrix | check | convert | recon`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ import sys
 import textwrap
 from pathlib import Path
 
+from varzoo.configs import list_configs
+from varzoo.core.errors import unknown
+
 KINDS = ("model", "tokenizer", "generator", "sampler", "experiment")  # catalogue.KINDS; help must not import torch
+
+RECON: dict[str, tuple[str | None, str]] = {  # setting: its default, what it means
+    "checkpoint": (None, "a tokenizer's file, or a run's folder"),
+    "tokenizer": (None, "its config, of a file that carries none, such as vq16"),
+    "out": ("recon.png", "where the picture goes (recon.png)"),
+    "count": ("16", "how many images, the first ones (16)"),
+    "lpips": ("alex", "alex, vgg or none (alex)"),
+    "batch_size": ("8", "images at once (8)"),
+    "root": (None, "where Fashion-MNIST lies"),
+    "device": ("cpu", "cpu or cuda (cpu)")}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,10 +31,24 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="names: models, tokenizers, generators, samplers, experiments")
     listing.add_argument("pattern", nargs="?", default="*", help="as in a shell: 'mar*'")
     listing.add_argument("--kind", choices=KINDS, help="this kind only")
+    listing.add_argument("--fits", metavar="NAME", help="tokenizers, generators and samplers that fit NAME")
+    listing.add_argument("--tokens", metavar="WORDS", help="of such tokens: 'continuous grid', '16384 codes', ...")
 
     info = commands.add_parser("info", help="facts about a name: tokens, parameters, what fits, official files")
     info.add_argument("name")
     info.add_argument("--kind", choices=KINDS, help="where a name is of several kinds")
+
+    matrix = commands.add_parser("matrix", help="which tokenizers, generators and samplers fit together")
+    matrix.add_argument("--write", action="store_true", help="into docs/matrix.md and the README of a checkout")
+
+    recon = commands.add_parser(
+        "recon", help="originals beside a tokenizer's reconstructions, with PSNR, SSIM, LPIPS",
+        description="Originals beside reconstructions as a PNG, with PSNR, SSIM and LPIPS.\nFor rFID over a whole data "
+                    "set: python -m varzoo.eval reconstruct=TOKENIZER.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings:\n" + "\n".join(f"  {name:12} {meaning}" for name, (_, meaning) in RECON.items()))
+    recon.add_argument("images", help="a folder of images, or digits, digits_train, fashion_mnist")
+    recon.add_argument("settings", nargs="+", metavar="name=value")
 
     check = commands.add_parser("check", help="which configs a checkpoint belongs to, and what is missing or extra")
     check.add_argument("file", type=Path)
@@ -38,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     try:
-        print({"list": list_names, "info": info, "check": check, "convert": convert}[options.command](options))
+        print({"list": list_names, "info": info, "matrix": matrix, "recon": recon, "check": check,
+               "convert": convert}[options.command](options))
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:  # varzoo list | head
@@ -46,12 +74,57 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def list_names(options: argparse.Namespace) -> str:
-    from varzoo import catalogue
+    found = {kind: list_configs(kind, options.pattern) for kind in KINDS if options.kind in (None, kind)}
+    if options.fits or options.tokens:
+        from varzoo import catalogue
 
-    found = {kind: catalogue.names(kind, options.pattern) for kind in KINDS if options.kind in (None, kind)}
+        if options.fits:
+            fitting = catalogue.fitting(options.fits)
+            found = {kind: [name for name in entries if name in fitting.get(kind, ())]
+                     for kind, entries in found.items()}
+        if options.tokens:
+            found = {kind: [name for name in entries if options.tokens in str(catalogue.spec_of(kind, name))]
+                     for kind, entries in found.items() if kind in ("tokenizer", "generator")}
     if not any(found.values()):
-        raise ValueError(f"nothing is called {options.pattern!r}; varzoo list names everything.")
+        asked = " ".join([repr(options.pattern), *(f"--{name} {value!r}" for name in ("kind", "fits", "tokens")
+                                                   if (value := getattr(options, name)))])
+        raise ValueError(f"nothing is called {asked}; varzoo list names everything.")
     return "\n".join(wrapped(f"{kind}s", ", ".join(entries)) for kind, entries in found.items() if entries)
+
+
+def matrix(options: argparse.Namespace) -> str:
+    from varzoo import families
+
+    if not options.write:
+        return families.matrix_page().rstrip()
+    return "\n".join(f"written: {path}" for path in families.write())
+
+
+def recon(options: argparse.Namespace) -> str:
+    from varzoo.cli.reconstruct import compare, images_of
+    from varzoo.loading import compose_config, load_tokenizer
+
+    settings = {name: default for name, (default, _) in RECON.items()}
+    for setting in options.settings:
+        name, _, value = setting.partition("=")
+        if name not in RECON:
+            raise unknown("setting", name, RECON)
+        settings[name] = value
+    if settings["checkpoint"] is None:
+        raise ValueError("give checkpoint=FILE, a tokenizer's file or a run's folder.")
+    for name in ("count", "batch_size"):
+        if not settings[name].isdigit() or int(settings[name]) < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {settings[name]!r}.")
+    config = None
+    if settings["tokenizer"] is not None:
+        config = compose_config("sample", [f"tokenizer={settings['tokenizer']}", "checkpoint=none"]).tokenizer
+    tokenizer = load_tokenizer(settings["checkpoint"], config)
+    scores = compare(tokenizer, images_of(options.images, settings["root"], tokenizer.image_size),
+                     Path(settings["out"]), count=int(settings["count"]), batch_size=int(settings["batch_size"]),
+                     lpips=settings["lpips"], device=settings["device"])
+    shown = "   ".join(f"{name.upper()} {value:.4f}" for name, value in scores.items())
+    without = "" if "lpips" in scores else "   (without LPIPS, as asked)"
+    return f"{settings['count']} images   {shown}{without}\nwritten: {settings['out']}"
 
 
 def info(options: argparse.Namespace) -> str:
@@ -64,16 +137,15 @@ def info(options: argparse.Namespace) -> str:
         from omegaconf import OmegaConf
 
         return OmegaConf.to_yaml(catalogue.config_of(kind, options.name)).rstrip()
-    lines = []
+    lines, entry = [], catalogue.describe(kind, options.name)
     if kind == "model":
         config = catalogue.config_of(kind, options.name)
         lines.append(wrapped("model", f"{options.name}; sampler "
                              f"{config.sampler._target_.rpartition('.')[2]}, guidance {config.sampler.guidance}, plan "
                              f"{config.sampler.get('plan')}, draw {config.sampler.get('draw')}"))
-    entry = catalogue.describe(kind, options.name)
     other = "tokenizers" if entry.kind == "generator" else "generators"
     lines += [wrapped(entry.kind, f"{entry.name}: {entry.about}"), wrapped("tokens", str(entry.spec)),
-              wrapped("parameters", f"{entry.parameters / 1e6:.1f}M"),
+              wrapped("parameters", f"{entry.parameters / 1e6:.1f}M"), *costs(kind, options.name),
               wrapped("papers", ", ".join(f"arXiv {paper}" for paper in entry.papers) or "none named"),
               wrapped("layouts", ", ".join(entry.layouts) or "none"),
               wrapped(other, ", ".join(entry.partners) or "none of this spec")]
@@ -86,7 +158,43 @@ def info(options: argparse.Namespace) -> str:
                              f"{published.licence}"))
     if not entry.published:
         lines.append(wrapped("official file", "none is published"))
-    return "\n".join(lines)
+    return "\n".join([*lines, wrapped("verified", verified(entry.system))])
+
+
+def costs(kind: str, name: str) -> list[str]:
+    """What an image costs: of a model by its own sampler, of a tokenizer both ways."""
+    from varzoo import catalogue
+
+    config = catalogue.config_of(kind, name)
+    if kind == "generator":
+        return [wrapped("cost", "depends on the sampler: ask for a model, or see varzoo info MODEL")]
+    if kind == "tokenizer":
+        encoding, decoding = catalogue.tokenizer_cost(config)
+        return [wrapped("cost", f"{flops(encoding)} to encode an image, {flops(decoding)} to decode it; a multiply-add "
+                                "is 2 FLOPs")]
+    cost, (_, decoding) = catalogue.sampling_cost(name), catalogue.tokenizer_cost(config.tokenizer, config.decode)
+    return [
+        wrapped("evaluations", f"{cost.steps} AR steps: {cost.backbone} of the backbone, {cost.head} of the head per "
+                f"image; with each branch of guidance counted {cost.backbone_passes} and {cost.head_passes}"),
+        wrapped("cost", f"{flops(cost.flops)} per image for its tokens, guidance included ({flops(cost.unguided_flops)}"
+                f" without), and {flops(decoding)} to decode them; a multiply-add is 2 FLOPs")]
+
+
+def flops(count: int) -> str:
+    return f"{count / 1e12:.2f} TFLOPs" if count >= 1e12 else f"{count / 1e9:.2f} GFLOPs"
+
+
+def verified(system: str) -> str:
+    """How a class of networks was compared with the official code."""
+    from varzoo import catalogue
+
+    patterns = catalogue.GOLDENS[system]
+    if not patterns:
+        return "no golden cases: there is nothing official to compare with, or none was recorded; see its page"
+    cases = len(catalogue.golden_cases(system))
+    number = f"{cases} golden cases" if cases else "golden cases of the repository"
+    return (f"{number} of the official code on tiny models ({', '.join(patterns)} in tests/goldens); not run on real "
+            "weights")
 
 
 def check(options: argparse.Namespace) -> str:

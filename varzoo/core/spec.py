@@ -70,5 +70,6 @@ def require_same_tokens(tokenizer: TokenSpec, generator: TokenSpec) -> None:
     if tokenizer != generator:
         raise ValueError(
             f"tokenizer and generator do not fit: the tokenizer makes {tokenizer}; the generator expects {generator}. "
-            "Choose a tokenizer with the generator's spec, or change `generator.spec` and train anew."
+            "Choose a tokenizer with the generator's spec, or change `generator.spec` and train anew; "
+            f"varzoo list --tokens '{generator}' names what fits."
         )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from varzoo.cli.evaluate import main, run
-
-__all__ = ["main"]
+from varzoo.cli.options import usage
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage())
+    else:
+        from varzoo.cli.evaluate import run  # what scores is slow to import, and help needs none of it
+
+        run(sys.argv[1:])

@@ -31,7 +31,7 @@ from varzoo.generators.masked import MaskRate, known_positions, masked_steps, re
 from varzoo.nn.diffusion import epsilon_loss
 from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules
 from varzoo.nn.diffusion_transformer import DiffusionTransformer, diffusion_transformer_rules
-from varzoo.nn.masked_vit import put_rows, take_rows
+from varzoo.nn.rows import put_rows, take_rows
 from varzoo.nn.scale_aware_vit import ScaleAwareViT
 from varzoo.nn.solvers import Known
 from varzoo.predictions.base import Prediction

@@ -25,7 +25,8 @@ from varzoo.generators.masked import TruncatedNormalRate
 from varzoo.generators.masked_transformer import MaskedDecoding, MaskedGenerator
 from varzoo.nn.diffusion import Diffusion, hybrid_loss
 from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules
-from varzoo.nn.masked_vit import MaskedViT, take_rows
+from varzoo.nn.masked_vit import MaskedViT
+from varzoo.nn.rows import take_rows
 from varzoo.predictions.base import Prediction
 from varzoo.predictions.diffusion import DiffusionPrediction
 

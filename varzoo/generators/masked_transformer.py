@@ -14,7 +14,8 @@ from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Condition, Decoding, Generator
 from varzoo.generators.masked import MaskRate, known_positions, masked_steps, require_plan, split_order
-from varzoo.nn.masked_vit import MaskedViT, put_rows
+from varzoo.nn.masked_vit import MaskedViT
+from varzoo.nn.rows import put_rows
 
 
 class MaskedGenerator(Generator):

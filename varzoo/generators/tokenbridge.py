@@ -29,7 +29,8 @@ from varzoo.generators.masked import TruncatedNormalRate
 from varzoo.generators.masked_transformer import MaskedDecoding, MaskedGenerator
 from varzoo.nn.channel_transformer import ChannelTransformer, Classifier, channel_transformer_rules
 from varzoo.nn.gaussian_quantizer import GaussianQuantizer, gaussian_bins
-from varzoo.nn.masked_vit import MaskedViT, take_rows
+from varzoo.nn.masked_vit import MaskedViT
+from varzoo.nn.rows import take_rows
 from varzoo.predictions.base import Prediction
 from varzoo.predictions.channels import ChannelPrediction
 

@@ -16,15 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-
-def take_rows(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Rows `[B, n, C]` of tokens `[B, N, C]` at positions `[B, n]`."""
-    return tokens.gather(1, positions[..., None].expand(-1, -1, tokens.shape[-1]))
-
-
-def put_rows(tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-    """A copy of tokens `[B, N, C]` with rows `[B, n, C]` at positions `[B, n]`."""
-    return tokens.scatter(1, positions[..., None].expand(-1, -1, tokens.shape[-1]), rows)
+from varzoo.nn.rows import put_rows, take_rows
 
 
 def attend_at(attention: Attention, tokens: Tensor, positions: Tensor) -> Tensor:

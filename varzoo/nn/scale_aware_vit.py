@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from varzoo.nn.masked_vit import MaskedViT, Stack, attend_at, take_rows
+from varzoo.nn.masked_vit import MaskedViT, Stack, attend_at
+from varzoo.nn.rows import take_rows
 
 
 class ScaleAwareBlock(Block):

@@ -11,7 +11,7 @@ from torch import Tensor
 from varzoo.core.draws import AnyDraws
 from varzoo.nn.denoiser import Denoiser
 from varzoo.nn.diffusion import Diffusion
-from varzoo.nn.masked_vit import take_rows
+from varzoo.nn.rows import take_rows
 from varzoo.nn.solvers import DDPM, Estimate, Known, Solved, Solver
 from varzoo.predictions.base import Drawn, Prediction
 

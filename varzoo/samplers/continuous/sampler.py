@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from varzoo.core.draws import AnyDraws
 from varzoo.core.steps import Step, at_step
 from varzoo.generators.base import Condition, Decoding, Generator
-from varzoo.nn.masked_vit import put_rows, take_rows
+from varzoo.nn.rows import put_rows, take_rows
 from varzoo.nn.solvers import Density
 from varzoo.predictions.base import Drawn
 from varzoo.samplers.base import Callback, Counts, GuidanceSetting, Progress, Sampled, Sampler, check_options

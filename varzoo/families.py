@@ -1,0 +1,196 @@
+"""What fits what, by system rather than by size, read from the configs and rendered as Markdown."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from varzoo import catalogue
+from varzoo.core.checkpoint import atomic_path
+from varzoo.core.spec import TokenSpec
+from varzoo.generators.base import Generator
+from varzoo.loading import build
+from varzoo.tokenizers.base import Tokenizer
+
+ROOT = Path(__file__).parents[1]  # of a checkout
+RENEW = "varzoo matrix --write"
+BEGIN, END = "<!-- systems: rendered by `varzoo matrix --write` -->", "<!-- systems end -->"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """The configs of one class of tokenizers or generators.
+
+    Attributes:
+        kind: "tokenizer" or "generator".
+        system: the class.
+        members: names of its configs.
+    """
+
+    kind: str
+    system: type[Generator | Tokenizer]
+    members: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.system.__name__
+
+    @property
+    def about(self) -> str:
+        """The first words of its module."""
+        return first_line(inspect.getdoc(inspect.getmodule(self.system)) or "")
+
+    @property
+    def page(self) -> str | None:
+        """The page of docs that is about its module, where docs lie beside the code."""
+        module = self.system.__module__.replace(".", "/")
+        pages = sorted((ROOT / "docs").glob("*.md"))
+        own = [page for page in pages if f"{page.stem}" in module.rpartition("varzoo/")[2].split("/")]
+        naming = [page for page in pages if f"{module}.py" in page.read_text()]
+        found = [*own, *naming]
+        return f"docs/{found[0].name}" if found else None
+
+
+def first_line(documentation: str) -> str:
+    """The first line of a module's documentation, without full stop."""
+    return documentation.partition("\n")[0].rstrip(".").replace("|", "\\|")
+
+
+@cache
+def families(kind: str) -> tuple[Family, ...]:
+    """The families of a kind, by name."""
+    members: dict[type[Generator | Tokenizer], list[str]] = {}
+    for name in catalogue.names(kind):
+        members.setdefault(type(catalogue.on_meta(kind, name)), []).append(name)
+    found = (Family(kind=kind, system=system, members=tuple(names)) for system, names in members.items())
+    return tuple(sorted(found, key=lambda family: family.name.lower()))
+
+
+@cache
+def specs(family: Family) -> frozenset[TokenSpec]:
+    """The tokens of a family's configs, and of models that set it up otherwise."""
+    found = {catalogue.spec_of(family.kind, name) for name in family.members}
+    for model in catalogue.names("model"):
+        text = (resources.files("varzoo.configs") / "model" / f"{model}.yaml").read_text()
+        if not re.search(rf"^{family.kind}:", text, re.MULTILINE):
+            continue
+        node = catalogue.config_of("model", model)[family.kind]
+        if node is not None and node["_target_"].endswith(f".{family.name}"):
+            with torch.device("meta"):
+                found.add(build(node).spec)
+    return frozenset(found)
+
+
+def drawing() -> tuple[Family, ...]:
+    """The families of generators that draw by themselves: all but drafters."""
+    return tuple(family for family in families("generator") if not family.system.needs_target)
+
+
+def takes(family: Family, spec: TokenSpec) -> bool:
+    """Whether a family of generators can be built for these tokens, in the smallest of its configs."""
+    node = OmegaConf.to_container(catalogue.every("generator")[smallest(family)], resolve=True)
+    node["spec"] = {"_target_": "varzoo.core.spec.TokenSpec", **asdict(spec)}
+    try:
+        with torch.device("meta"):
+            return build(node).spec == spec
+    except ValueError:
+        return False
+
+
+def fit(tokenizer: Family, generator: Family) -> str:
+    """"fits" where configs of the two fit as they are, "takes" where the generator's `spec` must be set, or ""."""
+    if specs(tokenizer) & specs(generator):
+        return "fits"
+    return "takes" if any(takes(generator, spec) for spec in sorted(specs(tokenizer), key=str)) else ""
+
+
+def smallest(family: Family) -> str:
+    """The config of a family with the fewest parameters."""
+    return min(family.members, key=lambda name: catalogue.parameters_of(family.kind, name))
+
+
+@cache
+def samplers(family: Family) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Samplers that fit a family of generators, in its smallest config, and those that do with a draft model."""
+    return catalogue.fitting_samplers(catalogue.on_meta("generator", smallest(family)))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def matrix_page() -> str:
+    """The page docs/matrix.md."""
+    tokenizers, mark = families("tokenizer"), {"fits": "●", "takes": "○", "": ""}
+    pairs = table(["", *(family.name for family in tokenizers)],
+                  ([generator.name, *(mark[fit(tokenizer, generator)] for tokenizer in tokenizers)]
+                   for generator in drawing()))
+    sampling = table(["generator", "samplers", "with a draft model"],
+                     ([family.name, *map(code, samplers(family))] for family in drawing()))
+    members = table(["family", "configs"], ([family.name, code(family.members)]
+                                            for family in (*tokenizers, *families("generator"))))
+    return f"""# What fits what
+
+Rendered from the configs by `{RENEW}`; `varzoo matrix` prints it, `varzoo info NAME` says it of a single config.
+
+## Tokenizers and generators
+
+A pair fits if both speak of the same tokens. ●: some configs of the two fit as they are. ○: the generator can be built
+for such tokens, once its `generator.spec` is set to theirs and it is trained anew. Empty: it cannot, and says why.
+
+{pairs}
+
+## Generators and samplers
+
+Samplers are the names of their configs, as in `sampler=diffusion`. Whether a sampler that compares codes or drafts with
+a model fits a run depends on the tokenizer and the draft model too; what does not fit is refused with the reason.
+
+{sampling}
+
+## Families
+
+{members}
+"""
+
+
+def readme_table() -> str:
+    """The README's table of systems."""
+    rows = []
+    for family in (*families("tokenizer"), *families("generator")):
+        page = family.page
+        link = "" if page is None else f"[{Path(page).stem}]({page})"
+        rows.append([family.name, family.kind, family.about, code(family.members), link])
+    return table(["system", "kind", "what", "configs", "page"], rows)
+
+
+def with_readme_table(readme: str) -> str:
+    """The README with its table of systems renewed. Raises ValueError if it has no place for one."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no lines {BEGIN} and {END}, between which the table of systems goes.")
+    return f"{before}{BEGIN}\n\n{readme_table()}\n\n{END}{after}"
+
+
+def write() -> list[Path]:
+    """Renew docs/matrix.md and the README's table, in a checkout; returns the two files."""
+    readme, page = ROOT / "README.md", ROOT / "docs" / "matrix.md"
+    if not readme.is_file():
+        raise FileNotFoundError(f"there is no {readme}: --write is for a checkout of the repository.")
+    for path, text in ((readme, with_readme_table(readme.read_text())), (page, matrix_page())):
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
+    return [readme, page]
