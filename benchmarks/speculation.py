@@ -137,7 +137,7 @@ def main() -> None:
             rounds.append(counts.verifications / len(labels))
         drafted = model.sampler.networks or isinstance(model.sampler, Speculative)
         accepted = (f"{100 * statistics.mean(rates):.0f} % | {statistics.mean(lengths):.2f} | "
-                    f"{statistics.mean(rounds):.1f}") if drafted else f"- | 1 | {plain.generator.spec.length}"
+                    f"{statistics.mean(rounds):.1f}") if drafted else f"- | 1 | {counts.steps}"
         faster = [f"{times['plain'][batch] / times[name][batch]:.2f}" for batch in (1, 8)]
         spread = statistics.stdev(distances) if len(distances) > 1 else float("nan")
         print(f"| {name} | {accepted} | {faster[0]} | {faster[1]} | {statistics.mean(distances):.2f} +- {spread:.2f} | "
