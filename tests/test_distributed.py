@@ -24,10 +24,11 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 import varzoo.training.run
-from varzoo.cli.sample import sample
+from varzoo.cli.drawing import sample
+from varzoo.configs import list_configs
 from varzoo.core.checkpoint import read_config, read_weights
 from varzoo.data import Digits
-from varzoo.loading import GENERATOR_FILE, TOKENIZER_FILE, compose_config, list_configs, register_run
+from varzoo.loading import GENERATOR_FILE, TOKENIZER_FILE, compose_config, register_run
 from varzoo.training.callbacks import read_metrics
 from varzoo.training.run import make_trainer, train
 from varzoo.training.sharding import FullySharded

@@ -517,7 +517,7 @@ def test_a_run_is_complete_by_itself_and_draws_as_many_tokens_as_asked(tmp_path:
     checkpoint, tokenizer_checkpoint = register_run(tmp_path / "runs/smoke_flextok_ar")
     files = ["model=run", f"checkpoint={checkpoint}", f"tokenizer_checkpoint={tokenizer_checkpoint}", "per_class=1"]
     assert sample(compose_config("sample", [*files, "tokens=3", "labels=[3]", "out=a.png"])).is_file()
-    with pytest.raises(ValueError, match="between 1 and 16 tokens, got 17"):
+    with pytest.raises(ValueError, match="between 1 and 8 tokens, got 17"):
         sample(compose_config("sample", [*files, "tokens=17", "labels=[3]"]))
 
 

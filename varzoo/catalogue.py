@@ -9,7 +9,6 @@ import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -25,13 +24,11 @@ from torch import Tensor
 from varzoo import costs
 from varzoo.configs import list_configs
 from varzoo.core.checkpoint import atomic_path, read_config, read_weights, save_weights
-from varzoo.core.draws import Draws
 from varzoo.core.errors import unknown
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Generator
 from varzoo.hub import PUBLISHED, Published
 from varzoo.loading import build, compose_config, load_weights
-from varzoo.samplers.autoregressive import Autoregressive
 from varzoo.samplers.base import Sampler
 from varzoo.tokenizers.base import Tokenizer
 
@@ -202,7 +199,6 @@ def generator_of(model: str) -> str | None:
 def fitting_samplers(generator: Generator) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the samplers that fit a generator, and of those that would with a draft model, which is not given."""
     fitting, drafting = [], []
-    trial = costs.without_memory(deepcopy(generator), costs.Tally())
     for name in names("sampler"):
         sampler = _sampler(name)
         if sampler is None:  # it drafts with a model
@@ -211,9 +207,6 @@ def fitting_samplers(generator: Generator) -> tuple[tuple[str, ...], tuple[str, 
             continue
         with contextlib.suppress(ValueError):
             sampler.check(generator)
-            if isinstance(sampler, Autoregressive):  # only a decoding knows whether a plan fits
-                trial.begin(costs.any_condition(trial), draws=Draws(0, (0,)), guidance=sampler.guidance,
-                            plan=sampler.plan)
             fitting.append(name)
     return tuple(fitting), tuple(drafting)
 

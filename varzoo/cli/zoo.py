@@ -188,7 +188,7 @@ def verified(system: str) -> str:
     """How a class of networks was compared with the official code."""
     from varzoo import catalogue
 
-    patterns = catalogue.GOLDENS[system]
+    patterns = catalogue.GOLDENS.get(system, ())
     if not patterns:
         return "no golden cases: there is nothing official to compare with, or none was recorded; see its page"
     cases = len(catalogue.golden_cases(system))
