@@ -44,8 +44,9 @@ EXPERIMENTS = ROOT / "varzoo" / "configs" / "experiment"
 SMOKE = list_configs("experiment", "smoke_*")
 GENERATORS = [name for name in SMOKE
               if "override /generator" in (EXPERIMENTS / f"{name.replace('smoke', 'digits')}.yaml").read_text()]
-# Of the tokenizers one is sharded: gloo is slow at their many small tensors, and they are no models to shard.
-TRAINED = {"ddp": SMOKE, "fsdp": [*GENERATORS, "smoke_vq"]}
+# Sharded: one system for every kind of stack, since gloo is slow at many small tensors.
+SHARDED = ["smoke_llamagen", "smoke_rq", "smoke_mar", "smoke_himar", "smoke_flowar", "smoke_resgen", "smoke_vq"]
+TRAINED = {"ddp": SMOKE, "fsdp": SHARDED}
 
 
 class FewDigits(Digits):
