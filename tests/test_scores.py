@@ -407,7 +407,7 @@ def test_only_the_published_weights_make_a_fid(inception_file: Path, monkeypatch
 
 def test_missing_inception_weights_say_where_to_put_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)  # another library may have set it
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)  # another test may have set it
     monkeypatch.setenv("VARZOO_WEIGHTS", str(tmp_path / "weights"))
     with pytest.raises(FileNotFoundError, match=r"weights-inception-2015-12-05-6726825d\.pth.*6726825d.*VARZOO_W"):
         InceptionFeatures()
