@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varzoo import costs
-from varzoo.configs import list_configs
+from varzoo.configs import KINDS, list_configs, text_of
 from varzoo.core.checkpoint import atomic_path, read_config, read_weights, save_weights
 from varzoo.core.errors import unknown
 from varzoo.core.spec import TokenSpec
@@ -32,21 +31,8 @@ from varzoo.loading import build, compose_config, load_weights
 from varzoo.samplers.base import Sampler
 from varzoo.tokenizers.base import Tokenizer
 
-# By class, the cases of tests/goldens (as shell patterns) that hold it to the official code.
-GOLDENS: dict[str, tuple[str, ...]] = {
-    "BinaryTokenizer": ("elm/b*",), "DAR": ("dar/ar_*", "dar/rope"),
-    "DARTokenizer": ("dar/codebook_*", "dar/decod*", "dar/pipeline", "dar/reconstruct", "dar/tokenizer_*"),
-    "Drafter": ("lantern/draft*",), "ELM": ("elm/ar_*",), "FlexTok": ("flextok/*",), "FlexTokAR": (),
-    "FlowAR": ("flowar/*",), "HiMAR": ("himar/*",), "KLTokenizer": ("mar/vae_*",),
-    "LlamaGen": ("llamagen/[ct]2i_*", "llamagen/pipeline", "llamagen/rope2d"),
-    "MAR": ("mar/mar_*", "mar/diff*", "mar/mask_schedule", "mar/vit_block"), "MaskedELM": ("elm/mlm_*",),
-    "NAR": ("nar/[ct]2i_*", "nar/image_orders_rope"), "RQTokenizer": ("rqvae/autoencoder", "rqvae/*restart*"),
-    "RQTransformer": ("rqvae/transformer_*",), "ResGen": (), "TokenBridge": ("tokenbridge/*",),
-    "TokenBridgeTokenizer": ("tokenbridge/quantizer*",), "TokenShuffle": (), "VQTokenizer": ("llamagen/vq_*",),
-    "XAR": ("xar/*",)}
 GOLDENS_FOLDER = Path(__file__).parents[1] / "tests" / "goldens"  # in a checkout
 
-KINDS = ("model", "tokenizer", "generator", "sampler", "experiment")
 NETWORKS = ("generator", "tokenizer")
 
 
@@ -110,7 +96,6 @@ class Entry:
 
     Attributes:
         name, kind: of its config.
-        system: its class.
         spec: its tokens.
         parameters: how many numbers its weights have.
         layouts: official layouts that it reads.
@@ -120,11 +105,11 @@ class Entry:
         samplers: sampler configs that fit a generator.
         drafting: those that fit once a draft model is given.
         published: official checkpoints of this config, by name.
+        goldens: shell patterns of its class's golden cases.
     """
 
     name: str
     kind: str
-    system: str
     spec: TokenSpec
     parameters: int
     layouts: tuple[str, ...]
@@ -134,6 +119,7 @@ class Entry:
     samplers: tuple[str, ...]
     drafting: tuple[str, ...]
     published: Mapping[str, Published]
+    goldens: tuple[str, ...]
 
 
 def describe(kind: str, name: str) -> Entry:
@@ -153,18 +139,19 @@ def describe(kind: str, name: str) -> Entry:
     else:
         belongs = {other for other in names("model") if generator_of(other) == name}
     return Entry(
-        name=name, kind=kind, system=type(network).__name__, spec=network.spec,
+        name=name, kind=kind, spec=network.spec,
         parameters=sum(parameter.numel() for parameter in network.parameters()), layouts=tuple(network.key_maps()),
         about=documentation.split("\n\n")[0].replace("\n", " "),
         papers=tuple(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", documentation))),
         partners=tuple(partner for partner in names(other) if spec_of(other, partner) == network.spec),
         samplers=fitting, drafting=drafting,
-        published={key: published for key, published in PUBLISHED.items() if published.config in belongs})
+        published={key: published for key, published in PUBLISHED.items() if published.config in belongs},
+        goldens=network.goldens)
 
 
-def golden_cases(system: str) -> list[str]:
-    """Names SYSTEM/CASE of the golden cases of a class of generators or tokenizers, where tests lie beside the code."""
-    return sorted({str(case.relative_to(GOLDENS_FOLDER)) for pattern in GOLDENS[system]
+def golden_cases(patterns: Iterable[str]) -> list[str]:
+    """Names SYSTEM/CASE of the golden cases that shell patterns match, where tests lie beside the code."""
+    return sorted({str(case.relative_to(GOLDENS_FOLDER)) for pattern in patterns
                    for case in GOLDENS_FOLDER.glob(pattern) if case.is_dir()})
 
 
@@ -186,7 +173,7 @@ def tokenizer_cost(config: DictConfig, decode: Mapping[str, Any] | None = None) 
 
 def generator_of(model: str) -> str | None:
     """The name of the generator config that a model's config chooses."""
-    text = (resources.files("varzoo.configs") / "model" / f"{model}.yaml").read_text()
+    text = text_of("model", model)
     found = re.search(r"override /generator: (\w+)", text)
     if found:
         return found[1]

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
 from varzoo import catalogue
+from varzoo.configs import text_of
 from varzoo.core.checkpoint import atomic_path
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Generator
@@ -79,8 +79,7 @@ def specs(family: Family) -> frozenset[TokenSpec]:
     """The tokens of a family's configs, and of models that set it up otherwise."""
     found = {catalogue.spec_of(family.kind, name) for name in family.members}
     for model in catalogue.names("model"):
-        text = (resources.files("varzoo.configs") / "model" / f"{model}.yaml").read_text()
-        if not re.search(rf"^{family.kind}:", text, re.MULTILINE):
+        if not re.search(rf"^{family.kind}:", text_of("model", model), re.MULTILINE):
             continue
         node = catalogue.config_of("model", model)[family.kind]
         if node is not None and node["_target_"].endswith(f".{family.name}"):

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from varzoo.cli.leaderboard import render
 from varzoo.cli.measuring import Images, Pass, make_extractor, measured
 from varzoo.cli.options import Options, parse
 from varzoo.cli.processes import Processes, joined
+from varzoo.cli.reconstruct import reconstruct
+from varzoo.cli.reproduce import reproduce
 from varzoo.cli.score import score_files
 from varzoo.eval.protocol import find_protocol
 
@@ -17,19 +20,13 @@ def main(arguments: list[str]) -> Any:
     """Do as told on the command line. Returns the row, or the path that was written."""
     options = parse(arguments)
     if options.job == "leaderboard":
-        from varzoo.cli.leaderboard import render
-
         return render(options)
     with joined(options["device"]) as processes:
         if options.job == "build":
             return build_reference(options, processes)
         if options.job == "reconstruct":
-            from varzoo.cli.reconstruct import reconstruct
-
             return reconstruct(options, processes)
         if options.job == "reproduce":
-            from varzoo.cli.reproduce import reproduce
-
             return reproduce(options, processes)
         asked = find_protocol(options["protocol"]) if options["protocol"] else None
         return score_files(options, processes, asked)
@@ -57,5 +54,3 @@ def run(arguments: list[str]) -> None:
         main(arguments)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-
-

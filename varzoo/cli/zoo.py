@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
-from varzoo.configs import list_configs
+from varzoo.configs import KINDS, list_configs
 from varzoo.core.errors import unknown
-
-KINDS = ("model", "tokenizer", "generator", "sampler", "experiment")  # catalogue.KINDS; help must not import torch
 
 RECON: dict[str, tuple[str | None, str]] = {  # setting: its default, what it means
     "checkpoint": (None, "a tokenizer's file, or a run's folder"),
@@ -132,7 +131,7 @@ def info(options: argparse.Namespace) -> str:
 
     kind = options.kind or catalogue.kind_of(options.name)
     if options.name not in catalogue.names(kind):
-        raise catalogue.unknown(kind, options.name, catalogue.names(kind))
+        raise unknown(kind, options.name, catalogue.names(kind))
     if kind in ("sampler", "experiment"):
         from omegaconf import OmegaConf
 
@@ -158,7 +157,7 @@ def info(options: argparse.Namespace) -> str:
                              f"{published.licence}"))
     if not entry.published:
         lines.append(wrapped("official file", "none is published"))
-    return "\n".join([*lines, wrapped("verified", verified(entry.system))])
+    return "\n".join([*lines, wrapped("verified", verified(entry.goldens))])
 
 
 def costs(kind: str, name: str) -> list[str]:
@@ -184,14 +183,13 @@ def flops(count: int) -> str:
     return f"{count / 1e12:.2f} TFLOPs" if count >= 1e12 else f"{count / 1e9:.2f} GFLOPs"
 
 
-def verified(system: str) -> str:
-    """How a class of networks was compared with the official code."""
+def verified(patterns: Sequence[str]) -> str:
+    """How a network was compared with the official code, given the patterns of its golden cases."""
     from varzoo import catalogue
 
-    patterns = catalogue.GOLDENS.get(system, ())
     if not patterns:
         return "no golden cases: there is nothing official to compare with, or none was recorded; see its page"
-    cases = len(catalogue.golden_cases(system))
+    cases = len(catalogue.golden_cases(patterns))
     number = f"{cases} golden cases" if cases else "golden cases of the repository"
     return (f"{number} of the official code on tiny models ({', '.join(patterns)} in tests/goldens); not run on real "
             "weights")

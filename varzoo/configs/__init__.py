@@ -8,6 +8,8 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+KINDS = ("model", "tokenizer", "generator", "sampler", "experiment")  # groups whose configs are named by users
+
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the models (tokenizer, generator and sampler settings together) that `varzoo.load` takes."""
@@ -20,6 +22,15 @@ def list_configs(group: str, pattern: str = "*") -> list[str]:
     names = sorted({file.name.removesuffix(".yaml") for folder in folders for file in folder.iterdir()
                     if file.name.endswith(".yaml")})
     return [name for name in names if fnmatch.fnmatch(name, pattern) and not name.startswith("_")]
+
+
+def text_of(group: str, name: str) -> str:
+    """A config as it is written. Raises FileNotFoundError if there is none of this name."""
+    for place in places():
+        file = place / group / f"{name}.yaml"
+        if file.is_file():
+            return file.read_text()
+    raise FileNotFoundError(f"there is no config {group}/{name}; those are: {', '.join(list_configs(group))}.")
 
 
 def places() -> list[Traversable | Path]:

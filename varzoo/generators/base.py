@@ -122,6 +122,7 @@ class Generator(nn.Module, ABC):
     Attributes:
         spec: the tokens it models.
         num_classes: class labels it knows, None if it is not class-conditional.
+        goldens: shell patterns of the cases in tests/goldens that hold it to the official code.
         embeds_codebook: whether it embeds codes by the tokenizer's code vectors; `use_codebook` then gives it those
             when tokenizer and generator are composed.
         needs_target: whether it learns from another generator (a drafter); `use_target` then gives it that one.
@@ -131,6 +132,7 @@ class Generator(nn.Module, ABC):
 
     spec: TokenSpec
     num_classes: int | None
+    goldens: ClassVar[tuple[str, ...]] = ()
     embeds_codebook: ClassVar[bool] = False
     needs_target: ClassVar[bool] = False
     predicts: ClassVar[Mapping[str, type[Prediction]]]

@@ -6,6 +6,8 @@ guidance grows from token to token (`varzoo.core.steps.Linspace`).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.conditioners import Conditioner
 from varzoo.generators.llamagen import NextToken
@@ -27,6 +29,8 @@ class DAR(NextToken):
         token_dropout: dropout on embeddings, prefix included.
         attention_dropout, mlp_dropout: dropout on the outputs of attention and MLP.
     """
+
+    goldens: ClassVar[tuple[str, ...]] = ("dar/ar_*", "dar/rope")
 
     def __init__(self, *, spec: TokenSpec, conditioner: Conditioner, width: int, depth: int, heads: int,
                  multiple_of: int = 256, norm_eps: float = 1e-5, token_dropout: float = 0.1,

@@ -54,6 +54,7 @@ class Drafter(Generator):
         drop: probability of the null condition in training.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("lantern/draft*",)
     needs_target = True
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": Categorical}
 

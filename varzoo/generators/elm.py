@@ -45,6 +45,8 @@ class ELM(LlamaGenerator):
         width, depth, heads, multiple_of, norm_eps, token_dropout, attention_dropout, mlp_dropout: see `LlamaGenerator`.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("elm/ar_*",)
+
     def __init__(self, *, spec: TokenSpec, conditioner: ClassPrefix, width: int, depth: int, heads: int,
                  multiple_of: int, norm_eps: float, token_dropout: float, attention_dropout: float,
                  mlp_dropout: float) -> None:
@@ -89,6 +91,7 @@ class MaskedELM(Generator):
         smoothing: of the labels.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("elm/mlm_*",)
     rotary: Tensor
 
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": Categorical}

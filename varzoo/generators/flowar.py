@@ -10,7 +10,7 @@ otherwise, with equal results: the null branch runs only where guidance acts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ class FlowAR(UnitGenerator):
         settings: see `UnitGenerator`.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("flowar/*",)
     head_rotary: Tensor
 
     def __init__(self, *, scales: Sequence[int | Sequence[int]], head_width: int, head_depth: int, head_heads: int,

@@ -66,6 +66,7 @@ class HiMAR(MaskedDiffusion):
         projection_dropout: after attention projections and inside the MLPs.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("himar/*",)
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {
         "pivot": DiffusionPrediction, "dense": MapDiffusionPrediction}
 

@@ -8,6 +8,8 @@ As in the official code, and unlike a textbook decoder:
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,8 @@ class LlamaGen(NextToken):
         token_dropout: dropout on embeddings, prefix included.
         attention_dropout, mlp_dropout: dropout on the outputs of attention and MLP.
     """
+
+    goldens: ClassVar[tuple[str, ...]] = ("llamagen/[ct]2i_*", "llamagen/pipeline", "llamagen/rope2d")
 
     def __init__(self, *, spec: TokenSpec, conditioner: Conditioner, width: int, depth: int, heads: int,
                  multiple_of: int = 256, norm_eps: float = 1e-5, token_dropout: float = 0.1,

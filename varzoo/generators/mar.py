@@ -91,6 +91,7 @@ class MAR(MaskedDiffusion):
         projection_dropout: after attention projections and inside the MLPs.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("mar/mar_*", "mar/diff*", "mar/mask_schedule", "mar/vit_block")
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": DiffusionPrediction}
     offers: ClassVar[frozenset[str]] = frozenset({"densities"})
 

@@ -11,6 +11,8 @@ down head is not.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,8 @@ class NAR(LlamaGenerator):
         token_dropout: dropout on embeddings, prefix included.
         attention_dropout, mlp_dropout: dropout on the outputs of attention and MLP.
     """
+
+    goldens: ClassVar[tuple[str, ...]] = ("nar/[ct]2i_*", "nar/image_orders_rope")
 
     def __init__(self, *, spec: TokenSpec, conditioner: Conditioner, width: int, depth: int, heads: int,
                  multiple_of: int = 256, norm_eps: float = 1e-5, token_dropout: float = 0.1,

@@ -64,6 +64,7 @@ class RQTransformer(CausalGenerator):
         dropout: on the outputs of attention and MLP.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("rqvae/transformer_*",)
     codebook: Tensor | None
     slots: Tensor
 

@@ -56,6 +56,7 @@ class TokenBridge(MaskedGenerator):
         projection_dropout: after attention projections and inside the MLPs of the backbone.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("tokenbridge/*",)
     predicts: ClassVar[Mapping[str, type[Prediction]]] = {"main": ChannelPrediction}
 
     def __init__(self, *, spec: TokenSpec, quantizer: GaussianQuantizer, num_classes: int, encoder_width: int,

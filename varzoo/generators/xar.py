@@ -11,7 +11,7 @@ and the modulation of several solver steps is one product.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
@@ -34,6 +34,8 @@ class XAR(UnitGenerator):
     Args:
         spec, unit, width and the rest: see `UnitGenerator`. Any kind of unit will do; cells are what was published.
     """
+
+    goldens: ClassVar[tuple[str, ...]] = ("xar/*",)
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)

@@ -57,11 +57,13 @@ class Tokenizer(nn.Module, ABC):
         uint8_rule: how `to_uint8` rounds.
         shortest_prefix: where any prefix decodes, the fewest tokens that do.
         options: names of the keyword arguments that `decode` takes besides tokens and draws, such as solver steps.
+        goldens: shell patterns of the cases in tests/goldens that hold it to the official code.
         needs_objective: whether training compares reconstructions with originals; else its own losses are all.
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
     needs_objective: ClassVar[bool] = True
+    goldens: ClassVar[tuple[str, ...]] = ()
 
     spec: TokenSpec
     image_size: tuple[int, int]

@@ -10,7 +10,7 @@ are packed into T ids of D bits each, the first channel being the most significa
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -53,6 +53,8 @@ class BinaryTokenizer(Tokenizer):
     What is cached are the probabilities `[B, N, bits]`: training a generator with `posterior` draws bits anew at every
     step, as the official training does with all but the "deter" files.
     """
+
+    goldens: ClassVar[tuple[str, ...]] = ("elm/b*",)
 
     def __init__(self, *, image_size: int | Sequence[int], width: int, multipliers: Sequence[int],
                  blocks_per_level: int, decoder_blocks_per_level: int, attention_levels: Collection[int],

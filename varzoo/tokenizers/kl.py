@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,8 @@ class KLTokenizer(Tokenizer):
 
     Tokens are `[B, N, C p p]` float in raster order over the patches; `spec.shape` is the grid of patches.
     """
+
+    goldens: ClassVar[tuple[str, ...]] = ("mar/vae_*",)
 
     def __init__(self, *, image_size: int | Sequence[int], width: int, multipliers: Sequence[int],
                  blocks_per_level: int, attention_levels: Collection[int], latent_channels: int, patch_size: int,

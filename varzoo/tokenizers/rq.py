@@ -13,6 +13,7 @@ As in the official code:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,8 @@ class RQTokenizer(Tokenizer):
     Tokens are ids `[B, N, D]` int64 (`[B, N]` with depth 1) in raster order. What is cached are the latents, so that
     ids may be drawn anew at every step of a generator's training.
     """
+
+    goldens: ClassVar[tuple[str, ...]] = ("rqvae/autoencoder", "rqvae/*restart*")
 
     def __init__(self, *, image_size: int | Sequence[int], width: int, multipliers: Sequence[int],
                  blocks_per_level: int, attention_levels: Collection[int], z_channels: int, latent_channels: int,

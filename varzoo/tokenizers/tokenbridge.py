@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class TokenBridgeTokenizer(Tokenizer):
     Tokens are ids `[B, N, C]`; `spec.depth` is C, `spec.size` the number of levels. Latents outside of the range are
     clamped, as officially; `quantization_statistics` counts them.
     """
+
+    goldens: ClassVar[tuple[str, ...]] = ("tokenbridge/quantizer*",)
 
     def __init__(self, *, vae: Tokenizer, quantizer: GaussianQuantizer) -> None:
         super().__init__()

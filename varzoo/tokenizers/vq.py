@@ -10,6 +10,7 @@ Deviation: the entropy term is left out when its weight is 0, where the official
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,7 @@ class VQTokenizer(Tokenizer):
     Tokens are ids `[B, N]` int64 in raster order; `spec.shape` is the latent grid.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("llamagen/vq_*",)
     recent_ids: Tensor
 
     def __init__(self, *, image_size: int | Sequence[int], width: int, multipliers: Sequence[int],

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,8 @@ class DARTokenizer(Tokenizer):
     Tokens are ids `[B, N]`; `decode` takes prefixes of at least a group.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("dar/codebook_*", "dar/decod*", "dar/pipeline", "dar/reconstruct",
+                                       "dar/tokenizer_*")
     options = frozenset({"steps", "order"})
 
     def __init__(self, *, image_size: Sequence[int], encoder: QueryEncoder, contexts: CausalContexts,

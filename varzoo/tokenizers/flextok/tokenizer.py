@@ -101,6 +101,7 @@ class FlexTok(Tokenizer):
     Tokens are ids `[B, N]`; `decode` takes any prefix of them.
     """
 
+    goldens: ClassVar[tuple[str, ...]] = ("flextok/*",)
     options = frozenset({"steps", "guidance"})
     needs_objective = False
 
