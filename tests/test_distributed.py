@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -85,21 +86,21 @@ def sampling(run: Path, out: Path, *more: str) -> dict[str, Any]:
 def work(jobs: list[dict[str, Any]], report: Path) -> None:
     """Do the jobs, and write down what fails."""
     torch.set_num_threads(1)
-    varzoo.training.run.plot_curves = lambda *ignored: None  # half a second each
-    for job in jobs:
-        begun = time.perf_counter()
-        try:
-            if "train" in job:
-                train(compose_config("train", job["train"]))
-            else:
-                chosen = any(override.startswith("sampler=") for override in job["overrides"])
-                checkpoint, tokenizer = register_run(Path(job["sample"]), own_sampler=not chosen)
-                sample(compose_config("sample", ["model=run", f"checkpoint={checkpoint}",
-                                                 f"tokenizer_checkpoint={tokenizer}", *job["overrides"]]))
-        except Exception:
-            with report.open("a") as file:
-                file.write(f"{job}\n{traceback.format_exc()}\n")
-        print(f"{time.perf_counter() - begun:5.1f}", next(iter(job.values())), file=sys.stderr, flush=True)
+    with patch.object(varzoo.training.run, "plot_curves"):  # half a second each
+        for job in jobs:
+            begun = time.perf_counter()
+            try:
+                if "train" in job:
+                    train(compose_config("train", job["train"]))
+                else:
+                    chosen = any(override.startswith("sampler=") for override in job["overrides"])
+                    checkpoint, tokenizer = register_run(Path(job["sample"]), own_sampler=not chosen)
+                    sample(compose_config("sample", ["model=run", f"checkpoint={checkpoint}",
+                                                     f"tokenizer_checkpoint={tokenizer}", *job["overrides"]]))
+            except Exception:
+                with report.open("a") as file:
+                    file.write(f"{job}\n{traceback.format_exc()}\n")
+            print(f"{time.perf_counter() - begun:5.1f}", next(iter(job.values())), file=sys.stderr, flush=True)
 
 
 def together(jobs: list[dict[str, Any]], folder: Path) -> None:
