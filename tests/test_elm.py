@@ -14,7 +14,7 @@ from varzoo.core.steps import Constant, Rise, Schedule
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.conditioners import ClassPrefix
 from varzoo.generators.elm import ELM, MaskedELM
-from varzoo.generators.masked import MaskPlan
+from varzoo.generators.masked import ConfidencePlan
 from varzoo.samplers import Autoregressive
 from varzoo.tokenizers.binary import BinaryTokenizer, pack_bits, unpack_bits
 
@@ -35,9 +35,9 @@ def tiny(kind: type = ELM, groups: int = 2) -> ELM | MaskedELM:
 
 
 def draw(model: ELM | MaskedELM, labels: list[int], samples: tuple[int, ...], guidance: Schedule | None = None,
-         plan: MaskPlan | None = None) -> Tensor:
+         plan: ConfidencePlan | None = None) -> Tensor:
     if isinstance(model, MaskedELM):
-        plan = plan or MaskPlan(steps=4, noise=1.0)
+        plan = plan or ConfidencePlan(steps=4, noise=1.0)
     sampler = Autoregressive(guidance=guidance, plan=plan)
     return sampler.sample(model, Condition.classes(torch.tensor(labels)), Draws(5, samples)).tokens
 
@@ -84,7 +84,7 @@ def test_ids_of_a_position_are_drawn_independently_and_alike() -> None:
 
 def test_masked_decoding_keeps_what_it_is_surest_of() -> None:
     model, draws = tiny(MaskedELM), Draws(0, range(3))
-    decoding = model.begin(Condition.classes(torch.arange(3)), draws=draws, plan=MaskPlan(steps=3))
+    decoding = model.begin(Condition.classes(torch.arange(3)), draws=draws, plan=ConfidencePlan(steps=3))
     left, before = [], None
     for step in decoding.steps:
         prediction = decoding.predict(step)
@@ -154,10 +154,10 @@ def test_bad_input_is_refused() -> None:
         tokenizer.decode(torch.full((1, 6, 2), 8))
     with pytest.raises(ValueError, match="unknown law of guidance 'cosine'"):
         Rise(2.0, "cosine")
-    with pytest.raises(ValueError, match=r"MaskedELM leaves the number of steps open: give plan=MaskPlan"):
+    with pytest.raises(ValueError, match=r"MaskedELM leaves the number of steps open: give plan=ConfidencePlan"):
         Autoregressive().sample(tiny(MaskedELM), Condition.classes(torch.tensor([1])), Draws(0, (0,)))
     with pytest.raises(ValueError, match="noise on confidences must be at least 0, got -1"):
-        MaskPlan(steps=2, noise=-1.0)
+        ConfidencePlan(steps=2, noise=-1.0)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ar_forward", ELM), ("mlm_forward", MaskedELM)])

@@ -21,7 +21,8 @@ from varzoo.demo import demo
 from varzoo.eval.features import ClassifierFeatures
 from varzoo.eval.protocol import read_rows
 from varzoo.generators.causal import Prefix
-from varzoo.generators.masked import MaskPlan
+from varzoo.generators.masked import ConfidencePlan, MaskPlan
+from varzoo.generators.resgen import LevelMaskPlan
 from varzoo.loading import Model, build, compose_config, load, register_run
 from varzoo.training.callbacks import read_metrics
 from varzoo.training.run import train
@@ -180,7 +181,9 @@ MASK_PLAN = MaskPlan(steps=4)
     ("mar", None, r"MAR leaves the number of steps open: give plan=MaskPlan\(steps=\.\.\.\), between 1 and 64"),
     ("himar", MASK_PLAN, None),
     ("resgen", MASK_PLAN, r"give plan=LevelMaskPlan\(steps=\.\.\.\), such as 63, got MaskPlan"),
-    ("elm_mlm", Prefix(3), r"MaskedELM leaves the number of steps open: give plan=MaskPlan.* got Prefix"),
+    ("elm_mlm", Prefix(3), r"MaskedELM leaves the number of steps open: give plan=ConfidencePlan.* got Prefix"),
+    ("elm_mlm", LevelMaskPlan(steps=3), r"MaskedELM .* give plan=ConfidencePlan.* got LevelMaskPlan"),
+    ("mar", ConfidencePlan(steps=3), r"MAR .* give plan=MaskPlan.* got ConfidencePlan"),
 ])
 def test_a_plan_that_does_not_fit_is_refused_at_composition(experiment: str, plan: object, message: str | None) -> None:
     config = compose_config("train", [f"experiment=smoke_{experiment}", "sampler.plan=null"])

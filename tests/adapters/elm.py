@@ -18,7 +18,7 @@ from varzoo.generators.base import Batch, Condition
 from varzoo.generators.causal import guide
 from varzoo.generators.conditioners import ClassPrefix
 from varzoo.generators.elm import ELM, MaskedELM
-from varzoo.generators.masked import MaskPlan
+from varzoo.generators.masked import ConfidencePlan
 from varzoo.samplers import Autoregressive
 from varzoo.tokenizers.binary import BinaryTokenizer, pack_bits, unpack_bits
 
@@ -118,7 +118,7 @@ def mlm_sample(case: Case) -> dict[str, Any]:
 
     model.begin = recording_begin
     sampler = Autoregressive(guidance=Rise(sampling["cfg_scale"], sampling["cfg_schedule"]), draw=options,
-                             plan=MaskPlan(steps=sampling["num_iter"], noise=sampling["temperature"]))
+                             plan=ConfidencePlan(steps=sampling["num_iter"], noise=sampling["temperature"]))
     tokens = sampler.sample(model, condition, RecordedDraws(arrays, tuple(range(condition.size)))).tokens
     return {"indices": stacked(tokens), "fed": torch.stack(fed), "log_probs_first": log_probs[0],
             "log_probs_last": log_probs[-1]}

@@ -27,7 +27,7 @@ from varzoo.generators.base import Batch, Condition, Decoding, Generator
 from varzoo.generators.causal import guide
 from varzoo.generators.conditioners import ClassPrefix
 from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator, initialise
-from varzoo.generators.masked import MaskPlan, require_plan
+from varzoo.generators.masked import ConfidencePlan, require_plan
 from varzoo.generators.orders import Order
 from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.llama import LlamaStack, Sight
@@ -150,13 +150,13 @@ class MaskedELM(Generator):
         return weigh({"cross_entropy": self.masked_loss(batch.tokens, logits, masked)}, batch.weights)
 
     def check_plan(self, plan: Any) -> None:
-        require_plan(plan, "MaskedELM", self.spec.length)
+        require_plan(plan, ConfidencePlan, "MaskedELM", self.spec.length)
 
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> MaskedELMDecoding:
         self.check_condition(condition)
         return MaskedELMDecoding(self, condition, draws, of_phase(guidance),
-                                 require_plan(plan, "MaskedELM", self.spec.length))
+                                 require_plan(plan, ConfidencePlan, "MaskedELM", self.spec.length))
 
     def key_maps(self) -> dict[str, KeyMap]:
         """Official files also hold weights that nothing uses: `proj`, `pos_embed` and `output`."""
@@ -172,7 +172,7 @@ class MaskedELMDecoding(Decoding):
     """Every step draws all masked positions and masks those anew of which it is least sure (MaskGIT)."""
 
     def __init__(self, generator: MaskedELM, condition: Condition, draws: AnyDraws, guidance: Schedule | None,
-                 plan: MaskPlan) -> None:
+                 plan: ConfidencePlan) -> None:
         spec, device = generator.spec, next(generator.parameters()).device
         self.generator, self.draws, self.guidance, self.plan = generator, draws, guidance, plan
         self._index, self._masked = 0, torch.ones(condition.size, spec.length, dtype=torch.bool, device=device)

@@ -27,7 +27,7 @@ from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Batch, Condition, Decoding
 from varzoo.generators.mar import MaskedDiffusion
-from varzoo.generators.masked import MaskRate, known_positions, masked_steps, require_plan, split_order
+from varzoo.generators.masked import MaskPlan, MaskRate, known_positions, masked_steps, require_plan, split_order
 from varzoo.nn.diffusion import epsilon_loss
 from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules
 from varzoo.nn.diffusion_transformer import DiffusionTransformer, diffusion_transformer_rules
@@ -197,7 +197,7 @@ class HiMAR(MaskedDiffusion):
 
     def check_plan(self, plan: Any) -> None:
         for phase, length in self.lengths.items():
-            require_plan(of_phase(plan, phase, PHASES), f"Hi-MAR's {phase} phase", length)
+            require_plan(of_phase(plan, phase, PHASES), MaskPlan, f"Hi-MAR's {phase} phase", length)
 
     def begin(self, condition: Condition, *, draws: AnyDraws,
               guidance: Schedule | Mapping[str, Schedule] | None = None, plan: Any = None) -> HiMARDecoding:

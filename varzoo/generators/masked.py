@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -28,23 +29,35 @@ class MaskPlan:
     Args:
         steps: number of AR steps; with more steps than tokens, those that would draw nothing are skipped.
         law: (steps done, steps in all) -> share of tokens still masked.
-        noise: scale of Gumbel noise on confidences, falling to 0 at the last step; for generators that keep what they
-            are surest of (ELM's), no other looks at it.
     """
 
     steps: int
     law: Callable[[int, int], float] = cosine
-    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"a mask plan needs at least 1 step, got {self.steps}.")
-        if self.noise < 0:
-            raise ValueError(f"the noise on confidences must be at least 0, got {self.noise:g}.")
 
     def left(self, index: int, masked: int, total: int) -> int:
         """MAR's `mask_len` of a step that starts with `masked` tokens: at least one is drawn, at least one left."""
         return max(1, min(masked - 1, math.floor(total * self.law(index + 1, self.steps))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidencePlan(MaskPlan):
+    """A plan of generators that keep, of all they draw in a step, what they are surest of.
+
+    Args:
+        steps, law: see `MaskPlan`.
+        noise: scale of Gumbel noise on confidences, falling to 0 at the last step.
+    """
+
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise < 0:
+            raise ValueError(f"the noise on confidences must be at least 0, got {self.noise:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +99,18 @@ def known_positions(known: Tensor) -> Tensor:
     return known.nonzero()[:, 1].view(len(known), -1)
 
 
-def require_plan(plan: object, system: str, length: int) -> MaskPlan:
-    """The plan, if it is one. Raises ValueError saying how to give one."""
-    if not isinstance(plan, MaskPlan):
-        raise ValueError(f"{system} leaves the number of steps open: give plan=MaskPlan(steps=...), between 1 and "
-                         f"{length} of them, got {plan!r}.")
-    return plan
+Plan = TypeVar("Plan", bound=MaskPlan)
+
+
+def require_plan(plan: object, kind: type[Plan], system: str, length: int) -> Plan:
+    """The plan, if it is of the kind. Raises ValueError saying how to give one.
+
+    A plan that says more than the kind does is refused too: the generator would not look at it.
+    """
+    if isinstance(plan, kind) and len(fields(plan)) == len(fields(kind)):
+        return plan
+    raise ValueError(f"{system} leaves the number of steps open: give plan={kind.__name__}(steps=...), between 1 and "
+                     f"{length} of them, got {plan!r}.")
 
 
 def masked_steps(plan: MaskPlan, order: Tensor, *, phase: str = "main") -> Iterator[Step]:

@@ -13,7 +13,7 @@ from varzoo.core.keymap import Rename, Rule
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Condition, Decoding, Generator
-from varzoo.generators.masked import MaskRate, known_positions, masked_steps, require_plan, split_order
+from varzoo.generators.masked import MaskPlan, MaskRate, known_positions, masked_steps, require_plan, split_order
 from varzoo.nn.masked_vit import MaskedViT
 from varzoo.nn.rows import put_rows
 
@@ -70,7 +70,7 @@ class MaskedGenerator(Generator):
         return masked, self.backbone(self.values(tokens), visible, vectors, masked)
 
     def check_plan(self, plan: Any) -> None:
-        require_plan(plan, type(self).__name__, self.spec.length)
+        require_plan(plan, MaskPlan, type(self).__name__, self.spec.length)
 
     def begun(self, condition: Condition, draws: AnyDraws, guidance: Schedule | Mapping[str, Schedule] | None,
               plan: Any) -> tuple[list[Step], Schedule | None]:

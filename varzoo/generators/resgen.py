@@ -25,7 +25,7 @@ from varzoo.core.losses import Losses, weigh
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Batch, Condition, Decoding, Generator
-from varzoo.generators.masked import MaskPlan
+from varzoo.generators.masked import ConfidencePlan
 from varzoo.nn.code_tables import code_tables, requantise, require_tables, sum_levels
 from varzoo.nn.denoiser import FinalLayer
 from varzoo.nn.diffusion_transformer import TransformerBlock
@@ -38,14 +38,14 @@ LOSSES = ("bound", "likelihood")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LevelMaskPlan(MaskPlan):
+class LevelMaskPlan(ConfidencePlan):
     """How many steps there are, how many codes are masked after each, and which are shown first.
 
     Args:
         steps, law: see `MaskPlan`; the codes left masked are rounded up. Steps that would show nothing are skipped.
-        noise: scale of Gumbel noise on confidences, falling to 0 at the last step.
+        noise: see `ConfidencePlan`.
         choice: "confidence" shows where the vector drawn is likeliest, "random" shows any masked codes alike, which is
-            the exact reverse of how training masks.
+            the exact reverse of how training masks; noise and spread are then without effect.
         spread: by how much a position's confidence falls for each code that a step shows of it already; 0 shows
             positions as a whole, the larger the more evenly the levels grow.
     """
