@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from hydra.utils import get_class
@@ -27,7 +27,7 @@ from varzoo.core.errors import unknown
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Generator
 from varzoo.hub import PUBLISHED, Published
-from varzoo.loading import build, compose_config, load_weights
+from varzoo.loading import build, compose_config, load_weights, plain
 from varzoo.samplers.base import Sampler
 from varzoo.tokenizers.base import Tokenizer
 
@@ -71,9 +71,17 @@ def _together(kind: str, members: tuple[str, ...]) -> DictConfig:
     return compose_config("sample", [*asked, "checkpoint=none"]).every
 
 
-@lru_cache(maxsize=256)
+@overload
+def on_meta(kind: Literal["generator"], name: str) -> Generator: ...
+@overload
+def on_meta(kind: str, name: str) -> Generator | Tokenizer: ...
 def on_meta(kind: str, name: str) -> Generator | Tokenizer:
     """The network of a tokenizer's or generator's config, without memory for its weights."""
+    return _on_meta(kind, name)
+
+
+@lru_cache(maxsize=256)
+def _on_meta(kind: str, name: str) -> Generator | Tokenizer:
     with torch.device("meta"):
         return build(every(kind)[name])
 
@@ -126,14 +134,14 @@ def describe(kind: str, name: str) -> Entry:
     """Facts about a tokenizer or a generator by its config, or about the generator of a model's, as it sets it up."""
     model = name if kind == "model" else None
     if model is not None:
-        kind, name = "generator", generator_of(model)
+        kind, name = "generator", generator_of(model) or model
         with torch.device("meta"):
             network = build(config_of("model", model).generator)
     else:
         network = on_meta(kind, name)
     documentation = inspect.getdoc(inspect.getmodule(type(network))) or ""
     other = NETWORKS[1 - NETWORKS.index(kind)]
-    fitting, drafting = fitting_samplers(network) if kind == "generator" else ((), ())
+    fitting, drafting = fitting_samplers(network) if isinstance(network, Generator) else ((), ())
     if model is not None or kind == "tokenizer":
         belongs = {model or name}
     else:
@@ -172,12 +180,13 @@ def tokenizer_cost(config: DictConfig, decode: Mapping[str, Any] | None = None) 
 
 
 def generator_of(model: str) -> str | None:
-    """The name of the generator config that a model's config chooses."""
+    """The name of the generator config that a model's config chooses, None if it spells its generator out."""
     text = text_of("model", model)
     found = re.search(r"override /generator: (\w+)", text)
     if found:
         return found[1]
-    bases = OmegaConf.create(text).get("defaults", [])
+    written = OmegaConf.create(text)
+    bases = written.get("defaults", []) if isinstance(written, DictConfig) else []
     inherited = [base for base in bases if isinstance(base, str) and base in names("model")]
     return generator_of(inherited[0]) if inherited else None
 
@@ -189,7 +198,8 @@ def fitting_samplers(generator: Generator) -> tuple[tuple[str, ...], tuple[str, 
     for name in names("sampler"):
         sampler = _sampler(name)
         if sampler is None:  # it drafts with a model
-            if get_class(every("sampler")[name]["_target_"]).needs <= generator.offers:
+            kind: type[Sampler] = get_class(every("sampler")[name]["_target_"])
+            if kind.needs <= generator.offers:
                 drafting.append(name)
             continue
         with contextlib.suppress(ValueError):
@@ -290,9 +300,11 @@ def convert(source: str | Path, target: str | Path, *, name: str | None = None, 
     Raises:
         ValueError: the file does not fit, the name or layout is unknown, or both ways are asked for at once.
     """
-    if (name is None) == (layout is None):
-        raise ValueError("give the name of an official file's config, or the layout to go back to, and not both.")
-    return _to_ours(source, target, name) if layout is None else _to_official(source, target, layout)
+    if name is not None and layout is None:
+        return _to_ours(source, target, name)
+    if layout is not None and name is None:
+        return _to_official(source, target, layout)
+    raise ValueError("give the name of an official file's config, or the layout to go back to, and not both.")
 
 
 def _to_ours(source: str | Path, target: str | Path, name: str) -> Path:
@@ -303,9 +315,9 @@ def _to_ours(source: str | Path, target: str | Path, name: str) -> Path:
         raise ValueError(f"{name} names the {kind} of that name; a file is a tokenizer's or a model's: varzoo list.")
     config = config_of(kind, name)
     if kind == "tokenizer":
-        node, header = config, {"tokenizer": OmegaConf.to_container(config, resolve=True)}
+        node, header = config, {"tokenizer": plain(config)}
     else:
-        whole = OmegaConf.to_container(config, resolve=True)
+        whole = plain(config)
         node, header = config.generator, {key: whole[key] for key in ("generator", "sampler", "class_names")}
     save_weights(target, load_weights(build(node), source).state_dict(), header)
     return Path(target)

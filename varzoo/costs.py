@@ -10,7 +10,7 @@ attention counts every pair of a query and a key that it is given, masked or not
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import reduce
 from types import FunctionType, MethodType
@@ -41,7 +41,8 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.flops, self.rows = 0, Counter()
+        self.flops = 0
+        self.rows: Counter[Hashable] = Counter()
 
     def since(self, before: Tally) -> Tally:
         """What came after a copy was made."""
@@ -74,27 +75,28 @@ class Shaped(Tensor):
     def __new__(cls, shape_only: Tensor, tally: Tally) -> Shaped:
         made = torch.Tensor._make_wrapper_subclass(
             cls, shape_only.size(), strides=shape_only.stride(), storage_offset=shape_only.storage_offset(),
-            dtype=shape_only.dtype, device="cpu")
+            dtype=shape_only.dtype, device=torch.device("cpu"))
         made.shape_only, made.tally = shape_only, tally
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch documents it
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple[Any, ...] = (),
-                           kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own annotation leaves the class out
+            cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (),
+            kwargs: dict[Any, Any] | None = None) -> Any:
         tally = next(tensor.tally for tensor in _tensors((args, kwargs)) if isinstance(tensor, Shaped))
         kwargs = dict(kwargs or {})
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
-        if function.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
             args = (args[0], _numbered(args[1]), *args[2:])
         shapes, named = _mapped(args, _shape_only), _mapped(kwargs, _shape_only)
-        shortcut = SHORTCUTS.get(function.overloadpacket)
-        result = function(*shapes, **named) if shortcut is None else shortcut(*shapes)
-        if function.overloadpacket in FLOPS:
-            tally.flops += FLOPS[function.overloadpacket](*shapes, **named, out_val=result)
-        if function._schema.name.endswith("_"):  # in place
+        shortcut = SHORTCUTS.get(func.overloadpacket)
+        result = func(*shapes, **named) if shortcut is None else shortcut(*shapes)
+        if func.overloadpacket in FLOPS:
+            tally.flops += FLOPS[func.overloadpacket](*shapes, **named, out_val=result)
+        if func._schema.name.endswith("_"):  # in place
             return args[0]
         return _mapped(result, lambda tensor: Shaped(tensor, tally))
 
@@ -160,8 +162,10 @@ def _numbered(indices: list[Tensor | None]) -> list[Tensor | None]:
     """Indices of an operation, masks of known values as the numbers that they stand for."""
     numbered: list[Tensor | None] = []
     for index in indices:
-        mask = isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, Shaped)
-        numbered += index.nonzero(as_tuple=True) if mask else [index]
+        if isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, Shaped):
+            numbered += index.nonzero(as_tuple=True)
+        else:
+            numbered.append(index)
     return numbered
 
 
@@ -202,7 +206,8 @@ def without_memory(network: Network, tally: Tally) -> Network:
             module._buffers[name] = Shaped(buffer, tally)
         if isinstance(module, nn.Linear):
             plain = MethodType(nn.Linear.forward, module)
-            module.forward = _remembered(plain, (module.weight.shape, module.bias is None), linear, tally)
+            kind: tuple[Any, ...] = (module.weight.shape, module.bias is None)
+            module.forward = _remembered(plain, kind, linear, tally)  # type: ignore[method-assign]  # of this one
     for stack in [module for module in network.modules() if isinstance(module, nn.ModuleList)]:
         costs: dict[Hashable, tuple[Tally, Any]] = {}
         for layer in stack:
@@ -220,7 +225,7 @@ def _methods(layer: type[nn.Module]) -> list[str]:
                    if isinstance(value, FunctionType) and not name.startswith("_")})
 
 
-def _remembered(forward: Callable[..., Any], kind: tuple[Hashable, ...], costs: dict[Hashable, tuple[Tally, Any]],
+def _remembered(forward: Callable[..., Any], kind: tuple[Any, ...], costs: dict[Hashable, tuple[Tally, Any]],
                 tally: Tally) -> Callable[..., Any]:
     """A layer's forward that runs once per likeness of its arguments."""
     def remembered(*args: Any, **kwargs: Any) -> Any:

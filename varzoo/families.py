@@ -10,14 +10,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from varzoo import catalogue
 from varzoo.configs import text_of
 from varzoo.core.checkpoint import atomic_path
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Generator
-from varzoo.loading import build
+from varzoo.loading import build, plain
 from varzoo.tokenizers.base import Tokenizer
 
 ROOT = Path(__file__).parents[1]  # of a checkout
@@ -90,12 +89,13 @@ def specs(family: Family) -> frozenset[TokenSpec]:
 
 def drawing() -> tuple[Family, ...]:
     """The families of generators that draw by themselves: all but drafters."""
-    return tuple(family for family in families("generator") if not family.system.needs_target)
+    return tuple(family for family in families("generator")
+                 if issubclass(family.system, Generator) and not family.system.needs_target)
 
 
 def takes(family: Family, spec: TokenSpec) -> bool:
     """Whether a family of generators can be built for these tokens, in the smallest of its configs."""
-    node = OmegaConf.to_container(catalogue.every("generator")[smallest(family)], resolve=True)
+    node = plain(catalogue.every("generator")[smallest(family)])
     node["spec"] = {"_target_": "varzoo.core.spec.TokenSpec", **asdict(spec)}
     try:
         with torch.device("meta"):
