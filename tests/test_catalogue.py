@@ -158,13 +158,13 @@ def test_a_sampler_fits_only_if_its_plan_does() -> None:
 def test_pages_rendered_from_the_configs_are_fresh() -> None:
     page, readme = ROOT / "docs" / "matrix.md", ROOT / "README.md"
     assert page.read_text() == families.matrix_page(), f"docs/matrix.md is stale: {families.RENEW}"
-    assert readme.read_text() == families.with_readme_table(readme.read_text()), f"README is stale: {families.RENEW}"
+    assert readme.read_text() == families.with_tables(readme.read_text()), f"README is stale: {families.RENEW}"
     every = (*families.families("tokenizer"), *families.families("generator"))
     assert all(family.page for family in every)
     assert {name for family in every for name in family.members} == {
         *catalogue.names("tokenizer"), *catalogue.names("generator")}
     with pytest.raises(ValueError, match="has no lines <!-- systems"):
-        families.with_readme_table("# varzoo")
+        families.with_tables("# varzoo")
 
 
 def test_reconstructions_beside_originals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

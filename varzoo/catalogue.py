@@ -163,13 +163,13 @@ def golden_cases(patterns: Iterable[str]) -> list[str]:
                    for case in GOLDENS_FOLDER.glob(pattern) if case.is_dir()})
 
 
-def sampling_cost(model: str) -> costs.SamplingCost:
-    """What one image's tokens cost, as a model's own sampler draws them."""
+def sampling_cost(model: str, progress: Callable[[Iterable], Iterable] = iter) -> costs.SamplingCost:
+    """What one image's tokens cost, as a model's own sampler draws them; `progress` wraps the loop over its steps."""
     config = config_of("model", model)
     with torch.device("meta"):
         generator = build(config.generator)
         codebook = build(config.tokenizer).codebook() if generator.embeds_codebook else None
-    return costs.of_sampling(generator, build(config.sampler), codebook)
+    return costs.of_sampling(generator, build(config.sampler), codebook, progress)
 
 
 def tokenizer_cost(config: DictConfig, decode: Mapping[str, Any] | None = None) -> tuple[int, int]:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from varzoo.core.draws import Draws
-from varzoo.core.steps import at_step, options_of_phase
+from varzoo.core.steps import Step, at_step, options_of_phase
 from varzoo.generators.base import Condition, Generator
 from varzoo.generators.conditioners import CaptionPrefix
 from varzoo.nn.kv_cache import KVCache
 from varzoo.samplers.autoregressive import Autoregressive
+from varzoo.samplers.base import GuidanceSetting
 from varzoo.tokenizers.base import Tokenizer
 
 aten = torch.ops.aten
@@ -263,20 +264,22 @@ class SamplingCost:
     unguided_flops: int
 
 
-def of_sampling(generator: Generator, sampler: Autoregressive, codebook: Tensor | None = None) -> SamplingCost:
+def of_sampling(generator: Generator, sampler: Autoregressive, codebook: Tensor | None = None,
+                progress: Callable[[Iterable[Step]], Iterable[Step]] = iter) -> SamplingCost:
     """The cost of one image's tokens.
 
     Args:
         generator: built on the meta device; it is of no other use afterwards.
         sampler: draws them. Where guidance is 1 at a step, a generator runs one branch or two as it does in earnest.
         codebook: the tokenizer's, of a generator that embeds with it; on the meta device.
+        progress: wraps the loop over the AR steps, as `tqdm` does.
     """
     tally = Tally()
     if codebook is not None:
         generator.use_codebook(codebook)
     without_memory(generator, tally)
-    start, steps = _follow(generator, sampler, tally, sampler.guidance)
-    plain_start, plain = _follow(generator, sampler, tally, None)
+    start, steps = _follow(generator, sampler, tally, sampler.guidance, progress)
+    plain_start, plain = _follow(generator, sampler, tally, None, progress)
     return SamplingCost(
         steps=len(steps), backbone=sum(step.backbone for step in steps), head=sum(step.head for step in steps),
         backbone_passes=round(sum(step.backbone * step.predicted.branches(single.predicted)
@@ -301,7 +304,8 @@ class _StepCost:
 
 
 @torch.no_grad()
-def _follow(generator: Generator, sampler: Autoregressive, tally: Tally, guidance: Any) -> tuple[int, list[_StepCost]]:
+def _follow(generator: Generator, sampler: Autoregressive, tally: Tally, guidance: GuidanceSetting,
+            progress: Callable[[Iterable[Step]], Iterable[Step]]) -> tuple[int, list[_StepCost]]:
     """FLOPs of opening a decoding of one image, and its steps.
 
     What is drawn is zero; draws of the same shapes cost the same, so one of them is run. What a decoding does with
@@ -310,7 +314,7 @@ def _follow(generator: Generator, sampler: Autoregressive, tally: Tally, guidanc
     draws, costs, known, opening = Draws(0, (0,)), [], {}, tally.flops
     decoding = generator.begin(any_condition(generator), draws=draws, guidance=guidance, plan=sampler.plan)
     opening = tally.flops - opening
-    for step in decoding.steps:
+    for step in progress(decoding.steps):
         before = tally.copy()
         prediction = decoding.predict(step)
         predicted, before = tally.since(before), tally.copy()

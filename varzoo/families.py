@@ -21,7 +21,6 @@ from varzoo.tokenizers.base import Tokenizer
 
 ROOT = Path(__file__).parents[1]  # of a checkout
 RENEW = "varzoo matrix --write"
-BEGIN, END = "<!-- systems: rendered by `varzoo matrix --write` -->", "<!-- systems end -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +164,8 @@ a model fits a run depends on the tokenizer and the draft model too; what does n
 """
 
 
-def readme_table() -> str:
-    """The README's table of systems."""
+def systems_table() -> str:
+    """The README's table of tokenizers and generators."""
     rows = []
     for family in (*families("tokenizer"), *families("generator")):
         page = family.page
@@ -175,21 +174,35 @@ def readme_table() -> str:
     return table(["system", "kind", "what", "configs", "page"], rows)
 
 
-def with_readme_table(readme: str) -> str:
-    """The README with its table of systems renewed. Raises ValueError if it has no place for one."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md has no lines {BEGIN} and {END}, between which the table of systems goes.")
-    return f"{before}{BEGIN}\n\n{readme_table()}\n\n{END}{after}"
+def samplers_table() -> str:
+    """The README's table of samplers, each with the first line of its config."""
+    fitting = {family.name: samplers(family) for family in drawing()}
+    rows = []
+    for name in catalogue.names("sampler"):
+        about = first_line(text_of("sampler", name).lstrip("# "))
+        alone, drafting = ([family for family, found in fitting.items() if name in found[place]] for place in (0, 1))
+        rows.append([f"`{name}`", about, ", ".join(alone or drafting)])
+    return table(["sampler", "what", "draws from"], rows)
+
+
+def with_tables(readme: str) -> str:
+    """The README with its tables renewed. Raises ValueError if it has no place for one."""
+    for name, rendered in (("systems", systems_table()), ("samplers", samplers_table())):
+        begin, end = f"<!-- {name}: rendered by `{RENEW}` -->", f"<!-- {name} end -->"
+        before, found, rest = readme.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"README.md has no lines {begin} and {end}, between which the table of {name} goes.")
+        readme = f"{before}{begin}\n\n{rendered}\n\n{end}{after}"
+    return readme
 
 
 def write() -> list[Path]:
-    """Renew docs/matrix.md and the README's table, in a checkout; returns the two files."""
+    """Renew docs/matrix.md and the README's tables, in a checkout; returns the two files."""
     readme, page = ROOT / "README.md", ROOT / "docs" / "matrix.md"
     if not readme.is_file():
         raise FileNotFoundError(f"there is no {readme}: --write is for a checkout of the repository.")
-    for path, text in ((readme, with_readme_table(readme.read_text())), (page, matrix_page())):
+    for path, text in ((readme, with_tables(readme.read_text())), (page, matrix_page())):
         with atomic_path(path) as temporary:
             temporary.write_text(text)
     return [readme, page]

@@ -162,6 +162,8 @@ def info(options: argparse.Namespace) -> str:
 
 def costs(kind: str, name: str) -> list[str]:
     """What an image costs: of a model by its own sampler, of a tokenizer both ways."""
+    from tqdm import tqdm
+
     from varzoo import catalogue
 
     config = catalogue.config_of(kind, name)
@@ -171,7 +173,8 @@ def costs(kind: str, name: str) -> list[str]:
         encoding, decoding = catalogue.tokenizer_cost(config)
         return [wrapped("cost", f"{flops(encoding)} to encode an image, {flops(decoding)} to decode it; a multiply-add "
                                 "is 2 FLOPs")]
-    cost, (_, decoding) = catalogue.sampling_cost(name), catalogue.tokenizer_cost(config.tokenizer, config.decode)
+    cost = catalogue.sampling_cost(name, lambda steps: tqdm(steps, desc="counting", unit="step", leave=False))
+    _, decoding = catalogue.tokenizer_cost(config.tokenizer, config.decode)
     return [
         wrapped("evaluations", f"{cost.steps} AR steps: {cost.backbone} of the backbone, {cost.head} of the head per "
                 f"image; with each branch of guidance counted {cost.backbone_passes} and {cost.head_passes}"),
