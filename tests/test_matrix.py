@@ -6,6 +6,7 @@ The triples are read from the configs: a new smoke experiment or sampler is in t
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from varzoo import catalogue
 from varzoo.core.spec import require_same_tokens
 from varzoo.eval.features import ClassifierFeatures
 from varzoo.eval.score import Samples, dataset_samples, reference_statistics, score
+from varzoo.families import with_spec
 from varzoo.loading import build, compose_config, equip, fit_together, load, register_run
 from varzoo.samplers.base import Sampler
 from varzoo.training.run import train
@@ -111,6 +113,43 @@ def test_triples_with_a_drafter(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         images, counts = load(target, overrides=overrides).sample(LABELS, seed=1)
         assert images.dtype == torch.uint8 and counts.draft_evaluations > 0, name
     print(f"with a drafter: {', '.join(names)}")
+
+
+ALONE = [name for name in catalogue.names("experiment", "smoke_*")
+         if catalogue.config_of("experiment", name).generator is None]  # what trains a tokenizer
+OTHERS = [*([f"experiment={name}"] for name in ALONE),
+          ["experiment=smoke_kl", "tokenizer=tokenbridge_f2"],  # a tokenizer over the VAE of another, without training
+          ["experiment=smoke_bae", "tokenizer.bits=8", "tokenizer.groups=1"]]  # one id per position
+
+
+@pytest.mark.parametrize("experiment", TRAINED)
+def test_a_generator_set_up_for_other_tokens_learns_and_draws_them(
+        experiment: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the matrix says is possible with another `generator.spec` is done: trained, read again, drawn from."""
+    monkeypatch.chdir(folder)
+    generator, own = catalogue.config_of("experiment", experiment).generator, source_of(experiment).tokenizer
+    for source, *settings in OTHERS:
+        config = compose_config("train", [source, *settings])
+        with torch.device("meta"):
+            tokenizer = build(config.tokenizer)
+            try:
+                fit_together(tokenizer, build(with_spec(generator, tokenizer.spec)))
+            except ValueError:
+                continue
+        if config.tokenizer["_target_"] == own["_target_"]:
+            continue
+        over = [setting for setting in settings if setting.startswith("tokenizer=")]
+        beneath = [setting for setting in settings if setting not in over]
+        checkpoint = folder / "runs" / "_".join([config.name, *beneath])
+        if not checkpoint.exists():
+            trained(config.name, *beneath, f"run_dir='{checkpoint}'")
+        spec = asdict(tokenizer.spec) | {"shape": list(tokenizer.spec.shape)}
+        run = trained(experiment, f"run_dir='runs/{experiment}_{checkpoint.name}'", *over,
+                      f"tokenizer_checkpoint='{checkpoint}'", f"tokenizer_experiment={config.name}",
+                      *(f"++generator.spec.{name}={value}" for name, value in spec.items()))
+        images, counts = load(run).sample(LABELS)
+        assert images.dtype == torch.uint8 and len(images) == len(LABELS) and counts.steps > 0
+        print(f"{experiment}: {config.name} {' '.join(settings)}")
 
 
 def source_of(experiment: str) -> DictConfig:

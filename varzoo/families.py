@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from varzoo import catalogue
 from varzoo.configs import text_of
 from varzoo.core.checkpoint import atomic_path
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Generator
-from varzoo.loading import build, plain
+from varzoo.loading import build, fit_together, plain
 from varzoo.tokenizers.base import Tokenizer
 
 ROOT = Path(__file__).parents[1]  # of a checkout
@@ -73,17 +75,19 @@ def families(kind: str) -> tuple[Family, ...]:
 
 
 @cache
-def specs(family: Family) -> frozenset[TokenSpec]:
-    """The tokens of a family's configs, and of models that set it up otherwise."""
-    found = {catalogue.spec_of(family.kind, name) for name in family.members}
+def variants(family: Family) -> dict[TokenSpec, Generator | Tokenizer]:
+    """A family's networks on the meta device by their tokens: one of each, of its configs and of models' own settings.
+    """
+    found = {catalogue.spec_of(family.kind, name): catalogue.on_meta(family.kind, name) for name in family.members}
     for model in catalogue.names("model"):
         if not re.search(rf"^{family.kind}:", text_of("model", model), re.MULTILINE):
             continue
         node = catalogue.config_of("model", model)[family.kind]
         if node is not None and node["_target_"].endswith(f".{family.name}"):
             with torch.device("meta"):
-                found.add(build(node).spec)
-    return frozenset(found)
+                network = build(node)
+            found.setdefault(network.spec, network)
+    return found
 
 
 def drawing() -> tuple[Family, ...]:
@@ -92,22 +96,27 @@ def drawing() -> tuple[Family, ...]:
                  if issubclass(family.system, Generator) and not family.system.needs_target)
 
 
-def takes(family: Family, spec: TokenSpec) -> bool:
-    """Whether a family of generators can be built for these tokens, in the smallest of its configs."""
-    node = plain(catalogue.every("generator")[smallest(family)])
-    node["spec"] = {"_target_": "varzoo.core.spec.TokenSpec", **asdict(spec)}
+def takes(generator: Family, tokenizer: Tokenizer) -> bool:
+    """Whether a family of generators, in the smallest of its configs, can be built for a tokenizer's tokens."""
     try:
         with torch.device("meta"):
-            return build(node).spec == spec
+            fit_together(tokenizer, build(with_spec(catalogue.every("generator")[smallest(generator)], tokenizer.spec)))
     except ValueError:
         return False
+    return True
+
+
+def with_spec(generator: Mapping[str, Any] | DictConfig, spec: TokenSpec) -> dict[str, Any]:
+    """A generator's config, set up for other tokens."""
+    return plain(generator) | {"spec": {"_target_": "varzoo.core.spec.TokenSpec", **asdict(spec)}}
 
 
 def fit(tokenizer: Family, generator: Family) -> str:
     """"fits" where configs of the two fit as they are, "takes" where the generator's `spec` must be set, or ""."""
-    if specs(tokenizer) & specs(generator):
+    if variants(tokenizer).keys() & variants(generator).keys():
         return "fits"
-    return "takes" if any(takes(generator, spec) for spec in sorted(specs(tokenizer), key=str)) else ""
+    networks = (network for network in variants(tokenizer).values() if isinstance(network, Tokenizer))
+    return "takes" if any(takes(generator, network) for network in networks) else ""
 
 
 def smallest(family: Family) -> str:
@@ -147,7 +156,8 @@ Rendered from the configs by `{RENEW}`; `varzoo matrix` prints it, `varzoo info 
 ## Tokenizers and generators
 
 A pair fits if both speak of the same tokens. ●: some configs of the two fit as they are. ○: the generator can be built
-for such tokens, once its `generator.spec` is set to theirs and it is trained anew. Empty: it cannot, and says why.
+for such tokens, once its `generator.spec` is set to theirs and it is trained anew. Empty: that alone is not enough, and
+what is tried says why.
 
 {pairs}
 
