@@ -20,7 +20,7 @@ from varzoo.core.spec import require_same_tokens
 from varzoo.eval.features import ClassifierFeatures
 from varzoo.eval.score import Samples, dataset_samples, reference_statistics, score
 from varzoo.families import with_spec
-from varzoo.loading import build, compose_config, equip, fit_together, load, register_run
+from varzoo.loading import build, compose_config, equip, fit_together, flattened, load, register_run
 from varzoo.samplers.base import Sampler
 from varzoo.training.run import train
 
@@ -30,17 +30,15 @@ TRAINED = [name for name in catalogue.names("experiment", "smoke_*")
 DEBUG_TOKENIZERS = [name for name in catalogue.names("tokenizer") if re.search(r"_(tiny|f\d)$", name)]
 DEBUG_GENERATORS = catalogue.names("generator", "*_tiny*")
 LABELS = [3, 7, 3, 7, 0]
-SMALL = {"sampler.plan.steps": 2, "sampler.draw.steps": 2}  # where a sampler has them
 
 
-def small(sampler: str, run: Path) -> list[str]:
-    """Overrides that make a sampler quick; one that drafts with a smaller generator drafts with the run itself."""
-    overrides = [f"sampler={sampler}"]
+def small(sampler: str | None, run: Path) -> list[str]:
+    """Overrides that make a sampler, or the run's own, quick; one that drafts with a smaller generator gets the run."""
+    overrides = [] if sampler is None else [f"sampler={sampler}"]
     config = compose_config("sample", [*overrides, "model=run", "checkpoint=none"])
-    for name, value in SMALL.items():
-        section, _, key = name.removeprefix("sampler.").partition(".")
-        if config.sampler.get(section) is not None and key in config.sampler[section]:
-            overrides.append(f"{name}={value}")
+    settings = {section: flattened(config.sampler.get(section) or {}) for section in ("plan", "draw")}
+    overrides += [f"sampler.{section}.{name}=2" for section, flat in settings.items() for name in flat
+                  if name.rpartition(".")[2] == "steps"]  # of all phases
     return overrides + ([f"drafter={run}"] if "drafter" in config else [])
 
 
@@ -52,8 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(experiment: str, *overrides: str) -> Path:
     """The folder of a run of two steps."""
-    return train(compose_config("train", [f"experiment={experiment}", "steps=2", "samples_every=0", "validate_every=2",
-                                          "checkpoint_every=2", "batch_size=8", "learning_rate=constant", *overrides]))
+    return train(compose_config("train", [f"experiment={experiment}", "steps=2", "samples_every=0",
+                                          "validate_every=999", "checkpoint_every=2", "batch_size=8",
+                                          "learning_rate=constant", *overrides]))
 
 
 @pytest.mark.parametrize("experiment", TRAINED)
@@ -61,7 +60,8 @@ def test_triples(experiment: str, folder: Path, monkeypatch: pytest.MonkeyPatch)
     """Two steps of training, its checkpoint read again, guided samples by every sampler that fits, decoded, scored."""
     monkeypatch.chdir(folder)
     run = trained(experiment)
-    own = load(run)
+    register_run(run)
+    own = load(run, overrides=small(None, run))
     register_run(run, own_sampler=False)
     fits, images = ["its own"], [own.sample(LABELS)[0]]
     fitting, drafting = catalogue.fitting_samplers(own.generator)
@@ -140,14 +140,15 @@ def test_a_generator_set_up_for_other_tokens_learns_and_draws_them(
             continue
         over = [setting for setting in settings if setting.startswith("tokenizer=")]
         beneath = [setting for setting in settings if setting not in over]
-        checkpoint = folder / "runs" / "_".join([config.name, *beneath])
+        checkpoint = folder / "runs" / "_".join([config.name, *beneath]).replace("=", "_")
         if not checkpoint.exists():
-            trained(config.name, *beneath, f"run_dir='{checkpoint}'")
+            trained(config.name, *beneath, f"run_dir={checkpoint}")
         spec = asdict(tokenizer.spec) | {"shape": list(tokenizer.spec.shape)}
-        run = trained(experiment, f"run_dir='runs/{experiment}_{checkpoint.name}'", *over,
-                      f"tokenizer_checkpoint='{checkpoint}'", f"tokenizer_experiment={config.name}",
+        run = trained(experiment, *over, f"run_dir=runs/{experiment}_{checkpoint.name}", f"cache={checkpoint}/cache",
+                      f"tokenizer_checkpoint={checkpoint}", f"tokenizer_experiment={config.name}",
                       *(f"++generator.spec.{name}={value}" for name, value in spec.items()))
-        images, counts = load(run).sample(LABELS)
+        register_run(run)
+        images, counts = load(run, overrides=small(None, run)).sample(LABELS)
         assert images.dtype == torch.uint8 and len(images) == len(LABELS) and counts.steps > 0
         print(f"{experiment}: {config.name} {' '.join(settings)}")
 
