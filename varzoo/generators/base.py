@@ -125,7 +125,8 @@ class Generator(nn.Module, ABC):
         goldens: shell patterns of the cases in tests/goldens that hold it to the official code.
         embeds_codebook: whether it embeds codes by the tokenizer's code vectors; `use_codebook` then gives it those
             when tokenizer and generator are composed.
-        needs_target: whether it learns from another generator (a drafter); `use_target` then gives it that one.
+        needs_target: whether it learns from another generator (a drafter), its `target`; `use_target` then gives it
+            that one.
         predicts: the kind of prediction per phase; samplers check their options against it.
         offers: abilities beyond the plain protocol that a sampler may need ("verify", "features", ...).
     """
@@ -183,6 +184,11 @@ class Generator(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} learns from tokens alone and takes no target; leave target_checkpoint "
                          "out.")
+
+    @property
+    def target(self) -> Generator:
+        """The generator that this one learns from. Raises ValueError if there is none."""
+        raise ValueError(f"{type(self).__name__} learns from tokens alone and has no target.")
 
     def lacks(self, ability: str) -> str:
         """Why it does not offer an ability, in words that go on from "since"."""

@@ -19,20 +19,26 @@ from varzoo.data import LabelledImages
 from varzoo.eval.writers import save_grid
 from varzoo.generators.base import Condition
 from varzoo.samplers.base import Sampler
-from varzoo.tokenizers.base import Tokenizer
+from varzoo.training.generator import GeneratorTraining
+from varzoo.training.module import TrainingModule, ours
+from varzoo.training.tokenizer import TokenizerTraining
 
 
 class StepBar(pl.Callback):
-    """One progress bar over the steps of the whole run, wherever it was resumed."""
+    """One progress bar over the steps of the whole run, wherever it was resumed; losses every so many steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.bar = tqdm(total=module.steps, initial=module.iteration, desc="training", unit="step",
+        self.bar = tqdm(total=ours(module).steps, initial=ours(module).iteration, desc="training", unit="step",
                         disable=trainer.global_rank > 0, dynamic_ncols=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
-        self.bar.update(module.iteration - self.bar.n)
-        if module.iteration % trainer.log_every_n_steps == 0:
+        iteration = ours(module).iteration
+        self.bar.update(iteration - self.bar.n)
+        if iteration % self.every == 0:
             metrics = trainer.callback_metrics
             shown = {name: f"{float(metrics[name]):.4g}" for name in ("train/loss", "heldout/loss", "heldout/mse")
                      if name in metrics}
@@ -56,18 +62,18 @@ class EverySteps(pl.Callback, ABC):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
-        due = module.iteration % self.every == 0 or module.iteration == module.steps
-        if due:
-            was_training, device = module.training, module.device
-            module.eval()
-            with torch.no_grad(), module.whole():
+        run = ours(module)
+        if run.iteration % self.every == 0 or run.iteration == run.steps:
+            was_training, device = run.training, run.device
+            run.eval()
+            with torch.no_grad(), run.whole():
                 if self.everywhere or trainer.is_global_zero:
-                    module.averaged.eval()
-                    self.show(module, device)
-            module.train(was_training)
+                    run.averaged.eval()
+                    self.show(run, device)
+            run.train(was_training)
 
     @abstractmethod
-    def show(self, module: pl.LightningModule, device: torch.device) -> None:
+    def show(self, module: TrainingModule[Any], device: torch.device) -> None:
         """Write a picture; the module is in eval mode and no gradient is kept."""
 
 
@@ -88,9 +94,10 @@ class SampleGrid(EverySteps):
         self.folder, self.sampler, self.columns = folder, sampler, columns
         self.class_names = class_names[:10]
 
-    def show(self, module: pl.LightningModule, device: torch.device) -> None:
+    def show(self, module: TrainingModule[Any], device: torch.device) -> None:
+        assert isinstance(module, GeneratorTraining)
         labels = torch.arange(len(self.class_names), device=device).repeat_interleave(self.columns)
-        draws = Draws(module.seed, range(len(labels)), device)
+        draws = Draws(module.seed, tuple(range(len(labels))), device)
         tokens = self.sampler.sample(module.averaged, Condition.classes(labels), draws).tokens
         images = module.tokenizer.to(device).to_uint8(module.tokenizer.decode(tokens, draws))
         save_grid(self.folder / f"step_{module.iteration:06d}.png", images, self.class_names)
@@ -105,10 +112,11 @@ class ReconstructionGrid(EverySteps):
         spread = torch.linspace(0, len(dataset) - 1, columns * rows).long().tolist()
         self.images = torch.stack([dataset[index]["image"] for index in spread]).unflatten(0, (rows, columns))
 
-    def show(self, module: pl.LightningModule, device: torch.device) -> None:
-        tokenizer: Tokenizer = module.averaged
+    def show(self, module: TrainingModule[Any], device: torch.device) -> None:
+        assert isinstance(module, TokenizerTraining)
+        tokenizer = module.averaged
         rows: list[Tensor] = []
-        draws = Draws(module.seed, range(self.images.shape[1]), device)
+        draws = Draws(module.seed, tuple(range(self.images.shape[1])), device)
         for images in self.images.to(device):
             rows += [tokenizer.to_uint8(images), tokenizer.to_uint8(tokenizer.decode(tokenizer.encode(images), draws))]
         names = ("original", "decoded") * len(self.images)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from varzoo.data import CachedTokens, LabelledImages, StepBatchSampler, build_cache
 from varzoo.tokenizers.base import Tokenizer
+from varzoo.training.module import ours
 
 
 class ImageData(pl.LightningDataModule):
@@ -29,29 +30,35 @@ class ImageData(pl.LightningDataModule):
         self.train, self.heldout = train, heldout
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
 
-    def train_set(self) -> Dataset:
+    @property
+    def run(self) -> pl.Trainer:
+        """The trainer that asks."""
+        assert self.trainer is not None
+        return self.trainer
+
+    def train_set(self) -> LabelledImages | CachedTokens:
         return self.train
 
-    def heldout_set(self) -> Dataset:
+    def heldout_set(self) -> LabelledImages | CachedTokens:
         return self.heldout
 
     def train_dataloader(self) -> DataLoader[Any]:
-        dataset, trainer = self.train_set(), self.trainer
+        dataset, run = self.train_set(), self.run
         sampler = StepBatchSampler(length=len(dataset), batch_size=self.batch_size, seed=self.seed,
-                                   rank=trainer.global_rank, world_size=trainer.world_size,
-                                   start_step=trainer.lightning_module.iteration)
+                                   rank=run.global_rank, world_size=run.world_size,
+                                   start_step=ours(run.lightning_module).iteration)
         return self._loader(dataset, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        dataset = self.heldout_set()
-        shard = None
-        if self.trainer.world_size > 1:
-            shard = DistributedSampler(dataset, self.trainer.world_size, self.trainer.global_rank, shuffle=False)
-        return self._loader(dataset, batch_size=self.batch_size // self.trainer.world_size, sampler=shard)
+        dataset, run = self.heldout_set(), self.run
+        shard: DistributedSampler[Any] | None = None
+        if run.world_size > 1:
+            shard = DistributedSampler(dataset, run.world_size, run.global_rank, shuffle=False)
+        return self._loader(dataset, batch_size=self.batch_size // run.world_size, sampler=shard)
 
-    def _loader(self, dataset: Dataset, **settings: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: LabelledImages | CachedTokens, **settings: Any) -> DataLoader[Any]:
         return DataLoader(dataset, num_workers=self.num_workers, persistent_workers=self.num_workers > 0,
-                          pin_memory=self.trainer.strategy.root_device.type == "cuda", **settings)
+                          pin_memory=self.run.strategy.root_device.type == "cuda", **settings)
 
 
 class TokenData(ImageData):
@@ -71,15 +78,15 @@ class TokenData(ImageData):
 
     def setup(self, stage: str) -> None:
         """Build the caches, each process its share, on its device; all must see the folder."""
-        trainer = self.trainer
-        self.tokenizer.to(trainer.strategy.root_device)
+        run = self.run
+        self.tokenizer.to(run.strategy.root_device)
         for split, dataset in (("train", self.train), ("heldout", self.heldout)):
             build_cache(self.cache / split, tokenizer=self.tokenizer, dataset=dataset, copies=self.copies,
-                        num_workers=self.num_workers, rank=trainer.global_rank, world_size=trainer.world_size)
-        trainer.strategy.barrier()
+                        num_workers=self.num_workers, rank=run.global_rank, world_size=run.world_size)
+        run.strategy.barrier()
 
-    def train_set(self) -> Dataset:
+    def train_set(self) -> CachedTokens:
         return CachedTokens(folder=self.cache / "train", tokenizer=self.tokenizer, seed=self.seed)
 
-    def heldout_set(self) -> Dataset:
+    def heldout_set(self) -> CachedTokens:
         return CachedTokens(folder=self.cache / "heldout", tokenizer=self.tokenizer, seed=self.seed)

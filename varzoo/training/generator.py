@@ -17,7 +17,7 @@ from varzoo.training.module import TrainingModule
 GIVEN = {"compressed", "label", "index", "copies"}  # what cached batches have; anything else is handed on as extras
 
 
-class GeneratorTraining(TrainingModule):
+class GeneratorTraining(TrainingModule[Generator]):
     """Teaches a generator what the tokens of a data set look like.
 
     Args:
@@ -55,8 +55,7 @@ class GeneratorTraining(TrainingModule):
         tokens = self.tokenizer.tokens(batch["compressed"], draws)
         if draws is not None:
             extras |= self.tokenizer.extras(batch["compressed"], tokens)
-        return Batch(tokens=tokens,
-                     condition=Condition.classes(batch["label"]), extras=extras)
+        return Batch(tokens=tokens, condition=Condition.classes(batch["label"]), extras=extras)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         losses = self.compute(batch)

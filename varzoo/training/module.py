@@ -12,7 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -28,9 +28,10 @@ from varzoo.training.optim import LearningRate, parameter_groups
 from varzoo.training.sharding import FullySharded, follow_shards, named, place, shard, whole
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+Network = TypeVar("Network", bound=nn.Module)
 
 
-class TrainingModule(pl.LightningModule, ABC):
+class TrainingModule(pl.LightningModule, ABC, Generic[Network]):
     """A model being trained, with its moving average.
 
     Args:
@@ -48,7 +49,9 @@ class TrainingModule(pl.LightningModule, ABC):
 
     entry: ClassVar[str]
 
-    def __init__(self, *, model: nn.Module, optimizer: OptimizerFactory, learning_rate: LearningRate, steps: int,
+    model: Network
+
+    def __init__(self, *, model: Network, optimizer: OptimizerFactory, learning_rate: LearningRate, steps: int,
                  seed: int, ema_decay: float | None, folder: Path) -> None:
         super().__init__()
         self.model = model
@@ -58,7 +61,7 @@ class TrainingModule(pl.LightningModule, ABC):
         self.optimizer, self.learning_rate = optimizer, learning_rate
         self.steps, self.seed, self.folder = steps, seed, folder
         self.iteration = 0
-        self._unhooked: tuple[nn.Module, ...] = ()  # see `configure_model`; in a tuple it is no submodule
+        self._unhooked: tuple[Network, ...] = ()  # see `configure_model`; in a tuple it is no submodule
         self._gathered = contextlib.ExitStack()
 
     def configure_model(self) -> None:
@@ -67,6 +70,7 @@ class TrainingModule(pl.LightningModule, ABC):
             return
         if self.ema is None:
             self._unhooked = (copy.deepcopy(self.model),)
+        assert self.device_mesh is not None, "the strategy has made it before it configures models"
         shard(self.model, self.device_mesh["data_parallel"], entry=self.entry)
         if self.ema is not None:
             follow_shards(self.ema.module, self.model)
@@ -76,9 +80,11 @@ class TrainingModule(pl.LightningModule, ABC):
         return isinstance(self.trainer.strategy, FullySharded)
 
     @property
-    def averaged(self) -> nn.Module:
+    def averaged(self) -> Network:
         """The weights to sample with: the moving average where there is one. Where sharded, see `whole`."""
-        return self.ema.module if self.ema is not None else self._unhooked[0] if self._unhooked else self.model
+        if self.ema is not None:
+            return cast(Network, self.ema.module)  # a copy of the model
+        return self._unhooked[0] if self._unhooked else self.model
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -151,6 +157,12 @@ class TrainingModule(pl.LightningModule, ABC):
         module = first_nonfinite_module(self.model, lambda: self.losses(batch))
         return (f"the loss became {losses.total.item()} at step {self.iteration} ({parts}). First to be not finite: "
                 f"{module}. The batch is kept in {path}. Lower the learning rate, clip gradients, or train in float32.")
+
+
+def ours(module: pl.LightningModule | None) -> TrainingModule[Any]:
+    """A trainer's module, as what it is in every run of ours."""
+    assert isinstance(module, TrainingModule)
+    return module
 
 
 def first_nonfinite_module(model: nn.Module, rerun: Callable[[], object]) -> str:

@@ -44,6 +44,7 @@ from varzoo.loading import (
     load_tokenizer,
     load_weights,
     node_of,
+    plain,
 )
 from varzoo.tokenizers.base import Tokenizer
 from varzoo.training.callbacks import ReconstructionGrid, SampleGrid, StepBar, plot_curves, read_metrics
@@ -85,12 +86,13 @@ def train(config: DictConfig) -> Path:
             temporary.write_text(OmegaConf.to_yaml(config, resolve=True))
         if isinstance(module, GeneratorTraining):
             keep_tokenizer(config, folder / TOKENIZER_FILE, module.tokenizer, container(config, "tokenizer"))
-        elif module.model.beneath is not None:
+        elif isinstance(module, TokenizerTraining) and module.model.beneath is not None:
             keep_tokenizer(config, folder / VAE_FILE, module.model.beneath, container(config, "tokenizer")["vae"])
-    trainer = make_trainer(config, folder, module, [*pictures, StepBar()])
+    trainer = make_trainer(config, folder, module, [*pictures, StepBar(config.log_every)])
     last = folder / "checkpoints" / "last.ckpt"
-    # Older Lightning versions have no such argument and load as torch does by default: safely too.
-    safely = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+    # Older Lightning versions have no `weights_only` and load as torch does by default: safely too.
+    has_it = "weights_only" in inspect.signature(trainer.fit).parameters
+    safely: dict[str, Any] = {"weights_only": True} if has_it else {}
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, **safely)
     with module.whole():
         if trainer.is_global_zero:
@@ -104,11 +106,11 @@ def train(config: DictConfig) -> Path:
 def check_folder(folder: Path, config: DictConfig) -> None:
     """Raise ValueError if the folder holds something else; delete another run where the config says so."""
     path = folder / "config.yaml"
-    mine = OmegaConf.to_container(config, resolve=True)
+    mine = plain(config)
     if config.overwrite and path.exists():
         shutil.rmtree(folder)
     if path.exists():
-        theirs = OmegaConf.to_container(OmegaConf.load(path))
+        theirs: Any = OmegaConf.to_container(OmegaConf.load(path))
         different = [key for key in sorted(mine.keys() | theirs.keys())
                      if key not in FREE and mine.get(key) != theirs.get(key)]
         if different:
@@ -125,7 +127,7 @@ def trained_steps(path: Path) -> int | None:
     return (read_config(path) or {}).get("steps") if path.exists() else None
 
 
-def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, pl.LightningDataModule, list[Any]]:
+def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TokenizerTraining, ImageData, list[Any]]:
     """What trains a tokenizer, its VAE (if it has one) made first where an experiment for it is named."""
     tokenizer, vae = build(tokenizer_node(config, folder)), folder / VAE_FILE
     if tokenizer.beneath is not None:
@@ -137,7 +139,7 @@ def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, p
     return module, data, pictures if config.samples_every else []
 
 
-def generator_parts(config: DictConfig, folder: Path) -> tuple[TrainingModule, pl.LightningDataModule, list[Any]]:
+def generator_parts(config: DictConfig, folder: Path) -> tuple[GeneratorTraining, ImageData, list[Any]]:
     """What trains a generator, its tokenizer made first where an experiment for it is named."""
     generator, sampler, settings = build(config.generator), build(config.sampler), common(config, folder)
     images = image_settings(config)
@@ -248,10 +250,10 @@ def make_trainer(config: DictConfig, folder: Path, module: TrainingModule, callb
 
 def container(config: DictConfig, name: str) -> Any:
     """A resolved node as plain dicts and lists."""
-    return None if config[name] is None else OmegaConf.to_container(config[name], resolve=True)
+    return None if config[name] is None else plain(config[name])
 
 
-def export(config: DictConfig, folder: Path, module: TrainingModule, data: ImageData) -> None:
+def export(config: DictConfig, folder: Path, module: TrainingModule[Any], data: ImageData) -> None:
     """Write the averaged weights with everything needed to build their model."""
     about = {"run": config.name, "steps": config.steps, "seed": config.seed}
     if isinstance(module, TokenizerTraining):
@@ -261,6 +263,7 @@ def export(config: DictConfig, folder: Path, module: TrainingModule, data: Image
         save_weights(folder / TOKENIZER_FILE, tokenizer.state_dict(),
                      {**about, "tokenizer": tokenizer_node(config, folder) | measured})
         return
+    assert isinstance(module, GeneratorTraining)
     if module.averaged.needs_target:
         about["target_hash"] = weights_hash(module.averaged.target.state_dict())
     save_weights(folder / GENERATOR_FILE, module.averaged.state_dict(),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
 
 from varzoo.core.draws import Draws
@@ -18,6 +18,8 @@ from varzoo.eval.score import Samples, Scorer, dataset_samples, make_protocol, r
 from varzoo.generators.base import Condition
 from varzoo.samplers.base import Sampler
 from varzoo.training.callbacks import EverySteps
+from varzoo.training.generator import GeneratorTraining
+from varzoo.training.module import TrainingModule
 
 
 class ScoreSamples(EverySteps):
@@ -45,7 +47,8 @@ class ScoreSamples(EverySteps):
         self.per_class, self.batch_size, self.splits = per_class, batch_size, splits
         self._reference: Reference | None = None  # measured when it is first needed
 
-    def show(self, module: pl.LightningModule, device: torch.device) -> None:
+    def show(self, module: TrainingModule[Any], device: torch.device) -> None:
+        assert isinstance(module, GeneratorTraining)
         begun, trainer = time.perf_counter(), module.trainer
         extractor = self.extractor.to(device)
         if self._reference is None:
@@ -72,4 +75,5 @@ class ScoreSamples(EverySteps):
                                              run={"step": module.iteration, "seed": module.seed}))
             named = {protocol.metric: scores.fd, "inception_score": scores.inception_score, "accuracy": scores.accuracy}
             for logger in trainer.loggers:
-                logger.log_metrics({f"scores/{name}": value for name, value in named.items()}, step=module.iteration)
+                logger.log_metrics({f"scores/{name}": value for name, value in named.items() if value is not None},
+                                   step=module.iteration)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -28,8 +29,7 @@ from varzoo.nn.processes import mean_over_processes
 
 # FSDP gathers weights again when the gradient of an output arrives; it looks for outputs in pytrees.
 register_pytree_node(Losses, lambda losses: ([losses.total], losses.parts),
-                     lambda leaves, parts: Losses(*leaves, parts))
-
+                     lambda leaves, parts: Losses(total=next(iter(leaves)), parts=parts))
 
 MODULATION = "modulation"  # what a block makes of time and condition alone, asked for before the block is called
 
@@ -48,9 +48,15 @@ class FullySharded(ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return True
 
+    @property
+    def trained(self) -> LightningModule:
+        """The module that is trained; the strategy has it before it is asked for any state."""
+        assert self.lightning_module is not None
+        return self.lightning_module
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Of full tensors, on the first process; empty on the others, which take part."""
-        state = self._gathered(self.lightning_module.state_dict())
+        state = self._gathered(self.trained.state_dict())
         return state if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -60,9 +66,9 @@ class FullySharded(ModelParallelStrategy):
         return torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        own = self.lightning_module.state_dict()
+        own = self.trained.state_dict()
         state = {name: shared_out(value, own.get(name)) for name, value in checkpoint["state_dict"].items()}
-        self.lightning_module.load_state_dict(state, strict=strict)
+        self.trained.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"]):
@@ -148,7 +154,8 @@ def whole(model: nn.Module) -> Iterator[None]:
     """The shares in a module that is not itself sharded become full parameters for a while; all processes take part."""
     shares = {name: parameter for name, parameter in named(model).items() if isinstance(parameter, DTensor)}
     distinct = dict.fromkeys(shares.values())  # in one order on all processes
-    full = {share: nn.Parameter(share.detach().full_tensor(), requires_grad=False) for share in distinct}
+    with torch.no_grad():
+        full = {share: nn.Parameter(share.full_tensor(), requires_grad=False) for share in distinct}
     place(model, {name: full[share] for name, share in shares.items()})
     try:
         yield

@@ -17,7 +17,7 @@ from varzoo.training.reconstruction import ReconstructionObjective
 from varzoo.training.sharding import average_gradients
 
 
-class TokenizerTraining(TrainingModule):
+class TokenizerTraining(TrainingModule[Tokenizer]):
     """Teaches a tokenizer to reconstruct images; the adversary, if there is one, takes its turn after every step.
 
     Args:
@@ -45,22 +45,25 @@ class TokenizerTraining(TrainingModule):
 
     def losses(self, batch: Mapping[str, Tensor]) -> Losses:
         images = batch["image"]
-        self._reconstructions, bottleneck = self.model.reconstruction_losses(images, self.draws(batch["index"]))
+        reconstructions, bottleneck = self.model.reconstruction_losses(images, self.draws(batch["index"]))
         if self.objective is None:
             return bottleneck
+        assert reconstructions is not None, "a tokenizer that needs an objective gives what that judges"
+        self._reconstructions = reconstructions  # the adversary's turn comes after the step
         last_weight = self.model.last_decoder_weight() if self.objective.adaptive else None
-        return self.objective.generator_losses(images, self._reconstructions, bottleneck, self.iteration, last_weight)
+        return self.objective.generator_losses(images, reconstructions, bottleneck, self.iteration, last_weight)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        optimizer, *rest = self.optimizers() if self.adversary is not None else [self.optimizers()]
+        optimizers = self.optimizers()
+        optimizer, *rest = optimizers if isinstance(optimizers, list) else [optimizers]
         if self.adversary is not None:
             self.adversary.requires_grad_(False)
         self._step(optimizer, self.compute(batch))
         self.follow()
-        schedules = self.lr_schedulers()
-        for schedule in schedules if isinstance(schedules, list) else [schedules]:
-            schedule.step()
+        schedule: Any = self.lr_schedulers()  # the tokenizer's; the adversary's rate is constant
+        schedule.step()
         if self.adversary is not None:
+            assert self.objective is not None and self._reconstructions is not None  # `losses` has just made them
             self.adversary.requires_grad_(True)
             losses = self.objective.discriminator_losses(batch["image"], self._reconstructions, self.iteration)
             means = means_over_processes(losses.parts)
