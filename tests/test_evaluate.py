@@ -258,8 +258,10 @@ def test_the_same_command_runs_in_many_processes(folder: Path) -> None:
         port = free.getsockname()[1]
     mp.spawn(_command, args=([*arguments, "results=many.jsonl", "state=pass"], port), nprocs=2)
     (together,) = read_rows("many.jsonl")  # one row, by the first process
-    for name in ("fd", "inception_score", "precision", "recall", "kid", "accuracy"):
+    for name in ("inception_score", "precision", "recall", "kid", "accuracy"):
         assert together[name] == pytest.approx(alone[name], rel=1e-9), name
+    # 60 samples of 64 features: some eigenvalues are 0 but for rounding, and the distance sums their roots
+    assert together["fd"] == pytest.approx(alone["fd"], rel=1e-7)
     assert together["protocol"]["reference_hash"] == alone["protocol"]["reference_hash"] and not Path("pass").exists()
 
 

@@ -486,7 +486,7 @@ def test_dyspec_grows_what_its_heap_would(total: int) -> None:
             level = len(paths[node]) - 1
             expected = logits[sample, level, tokens[parents[node]] if level else 0].softmax(-1)
             torch.testing.assert_close(
-                proposal.draft_of(torch.tensor(parents[node]).expand(5))[sample, 0], expected)
+                proposal.draft_of(torch.tensor(parents[node]).expand(5, 1))[sample, 0, 0], expected)
 
 
 def test_neighbours_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def drafted(case: Case, shape: Shape, processing: Processing, draws: Any) -> lis
         if count:
             fresh = ids[len(ids) - 1 - count:-1][None, :, None]
             decoding.verify(fresh, Tree.chain(count))
-            verdict = Verdict(path=torch.arange(count)[None], following=None, odds=None)
+            verdict = Verdict(path=torch.arange(count)[None], following=None, odds=None, skipped=None)
             decoding.keep(verdict.path, ids[None, -1:])
             state.follow(None, verdict, Outlook(logits=None, features=features[:, None]))
         proposals.append((shape.grow(state, decoding.pending, decoding.known, processing, draws), list(recorded)))

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from varzoo.core.checkpoint import weights_hash
 from varzoo.core.errors import unknown
 from varzoo.eval.writers import NpzFile, PNGFolder, SampleWriter, save_grid
-from varzoo.loading import Model, build, from_config
+from varzoo.loading import Model, build, from_config, plain
 from varzoo.rejection import Rejection
 from varzoo.sampling import Request, draw
 from varzoo.text import (
@@ -63,7 +63,7 @@ def sample(config: DictConfig) -> Path:
     for samples in draw(model, request, seed=config.seed, batch_size=config.batch_size, indices=indices,
                         previews=previews_of(config), rejection=rejection_of(config), progress=rank == 0):
         labels = None if samples.labels is None else samples.labels.tolist()
-        writer.write(samples.images, samples.indices.tolist(), labels)
+        writer.write(samples.images, samples.numbers.tolist(), labels)
     writer.close()
     return out
 
@@ -152,14 +152,14 @@ def describe(config: DictConfig, model: Model, request: Request) -> dict[str, An
     """What identifies a set of samples: another run's output folder is refused by it."""
     asked = {name: tensor for name, tensor in vars(request.condition(range(len(request)))).items()
              if isinstance(tensor, torch.Tensor)}
-    rejection = OmegaConf.to_container(config.rejection, resolve=True) if config.rejection else None
+    rejection = plain(config.rejection) if config.rejection else None
     # Named only where there are any: folders of older samples stay what they are.
     resize = {} if model.output_size is None else {"resize": model.resize}
     return ({"rejection": rejection} if rejection else {}) | resize | {
         "asked": weights_hash(asked), "generator": weights_hash(model.generator.state_dict()),
         "tokenizer": weights_hash(model.tokenizer.state_dict()),
         "drafts": [weights_hash(network.state_dict()) for network in model.sampler.networks],
-        "sampler": OmegaConf.to_container(config.sampler, resolve=True), "decode": dict(config.decode or {}),
+        "sampler": plain(config.sampler), "decode": dict(config.decode or {}),
         "seed": config.seed,
         "precision": config.precision, "count": len(request), "uint8_rule": model.tokenizer.uint8_rule,
         "label_scheme": f"{config.per_class} per label, sorted"}

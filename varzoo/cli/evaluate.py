@@ -13,7 +13,7 @@ from varzoo.cli.processes import Processes, joined
 from varzoo.cli.reconstruct import reconstruct
 from varzoo.cli.reproduce import reproduce
 from varzoo.cli.score import score_files
-from varzoo.eval.protocol import find_protocol
+from varzoo.eval.protocol import EvalProtocol, find_protocol
 
 
 def main(arguments: list[str]) -> Any:
@@ -28,14 +28,19 @@ def main(arguments: list[str]) -> Any:
             return reconstruct(options, processes)
         if options.job == "reproduce":
             return reproduce(options, processes)
-        asked = find_protocol(options["protocol"]) if options["protocol"] else None
+        asked = named_protocol(options)
         return score_files(options, processes, asked)
+
+
+def named_protocol(options: Options) -> EvalProtocol | None:
+    name = options.get("protocol")
+    return find_protocol(name) if name else None
 
 
 def build_reference(options: Options, processes: Processes) -> Path:
     """Statistics of a data set, or of files, as a reference file."""
-    asked = find_protocol(options["protocol"]) if options["protocol"] else None
-    images = Images.find(options, options["data"], options["reference_type"])
+    asked = named_protocol(options)
+    images = Images.find(options, options["data"], options.get("reference_type"))
     extractor = make_extractor(options, asked).to(processes.device)
     folder = Path(options["out"]).with_suffix(".features")
     pass_ = Pass(folder=str(folder), identity="", processes=processes)

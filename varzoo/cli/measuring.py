@@ -36,24 +36,25 @@ KEPT = ("features", "reference")  # .npy files of a pass
 
 def make_extractor(options: Options, asked: EvalProtocol | None) -> FeatureExtractor:
     """The extractor that is named, or the protocol's own."""
-    name, download = options["extractor"], options.flag("download")
+    name, download = options.get("extractor"), options.flag("download")
     if asked is not None and name is None:
+        assert asked.extractor_resize is not None, "a protocol that knows its extractor knows how that resizes"
         if asked.frames:
-            return VideoFeatures(resize=asked.extractor_resize, weights=options["weights"])
-        extractor = InceptionFeatures(weights=options["weights"], download=download, resize=asked.extractor_resize)
+            return VideoFeatures(resize=asked.extractor_resize, weights=options.get("weights"))
+        extractor = InceptionFeatures(weights=options.get("weights"), download=download, resize=asked.extractor_resize)
         if extractor.published and asked.metric == "rFID":
             extractor.metric = asked.metric
         return extractor
     if name == "inception":
-        return InceptionFeatures(weights=options["weights"], download=download)
+        return InceptionFeatures(weights=options.get("weights"), download=download)
     if name in PRETRAINED:
-        return PRETRAINED[name](weights=options["weights"], download=download)
+        return PRETRAINED[name](weights=options.get("weights"), download=download)
     if name not in EXTRACTORS:
         raise unknown("extractor", name, EXTRACTORS)
-    if options["weights"]:
+    if options.get("weights"):
         raise ValueError(f"weights= is an option of extractors with published weights; {name} trains its own "
                          "classifier.")
-    return ClassifierFeatures(dataset=name, root=options["root"])
+    return ClassifierFeatures(dataset=name, root=options.get("root"))
 
 
 def dataset_by_name(name: str, root: str | None, **settings: Any) -> LabelledImages | None:
@@ -85,7 +86,7 @@ class Images:
     def find(cls, options: Options, name: str, kind: str | None) -> Images:
         """By name or path. Raises ValueError where there is neither."""
         size = options.whole("batch_size")
-        dataset = dataset_by_name(name, options["root"])
+        dataset = dataset_by_name(name, options.get("root"))
         if dataset is not None:
             own = "train" if dataset.split == "train" else "validation"
             if kind not in (None, own):
@@ -120,7 +121,7 @@ class ReferenceSource:
 
 def find_reference(options: Options, processes: Processes, folder: Path) -> ReferenceSource:
     """The reference that is named. Features of many images are kept in `folder`."""
-    path, kind = Path(options["reference"]), options["reference_type"]
+    path, kind = Path(options["reference"]), options.get("reference_type")
     if path.suffix == ".npz" and path.is_file() and has_statistics(path):
         stored = Reference.read(path, kind)
 
@@ -174,7 +175,7 @@ class Pass:
 
     def __init__(self, *, folder: str | None, identity: str, processes: Processes) -> None:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="varzoo-eval-")
-        self.folder = Path(folder or self._temporary.name)
+        self.folder = Path(self._temporary.name if self._temporary else folder or "")
         self.keeps, self.identity = folder is not None, identity
         self.path = self.folder / f"{processes.rank}_of_{processes.world_size}.pt"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from varzoo.core.errors import unknown
@@ -70,31 +71,43 @@ class Options:
     """Parsed arguments of one job."""
 
     job: str
-    values: dict[str, str | None]
+    values: Mapping[str, str | None]
 
-    def __getitem__(self, name: str) -> str | None:
+    def __getitem__(self, name: str) -> str:
+        """An option that the job needs, or that has a default."""
+        value = self.values[name]
+        assert value is not None, f"{name} may be left out: ask by get()"
+        return value
+
+    def get(self, name: str) -> str | None:
+        """An option that may be left out."""
         return self.values[name]
 
     def of_job(self, job: str, **values: str) -> Options:
         """The options of another job, with these values; those that both jobs have are kept."""
-        own = {name: option.default for name, option in OPTIONS.items() if job in option.jobs.split()}
+        own = defaults(job)
         return Options(job, own | {name: value for name, value in self.values.items() if name in own} | values)
 
     def whole(self, name: str) -> int:
         """A positive whole number."""
-        text = self.values[name] or ""
+        text = self[name]
         if not text.isdigit() or int(text) < 1:
             raise ValueError(f"{name} must be a positive whole number, got {text!r}.")
         return int(text)
 
     def flag(self, name: str) -> bool:
-        if self.values[name] not in ("true", "false"):
-            raise unknown(name, self.values[name], ("true", "false"))
-        return self.values[name] == "true"
+        if self[name] not in ("true", "false"):
+            raise unknown(name, self[name], ("true", "false"))
+        return self[name] == "true"
 
     def names(self, name: str) -> list[str]:
         """Names separated by commas."""
-        return [part for part in (self.values[name] or "").split(",") if part]
+        return [part for part in self[name].split(",") if part]
+
+
+def defaults(job: str) -> dict[str, str | None]:
+    """All options of a job, as they are if they are not given."""
+    return {name: option.default for name, option in OPTIONS.items() if job in option.jobs.split()}
 
 
 def parse(arguments: list[str]) -> Options:
@@ -114,7 +127,7 @@ def parse(arguments: list[str]) -> Options:
     misplaced = [name for name in given if job not in OPTIONS[name].jobs.split()]
     if misplaced:
         raise ValueError(f"{', '.join(misplaced)} has no meaning here: this is {JOBS[job]}")
-    values = {name: option.default for name, option in OPTIONS.items() if job in option.jobs.split()} | given
+    values = {**defaults(job), **given}
     missing = [name for name in NEEDED[job] if not values.get(name)]
     if job in ("score", "build") and not missing and not values["protocol"] and not values["extractor"]:
         raise ValueError("extractor must be given, or a protocol that knows its own: protocol=adm.")

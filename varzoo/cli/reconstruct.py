@@ -37,7 +37,7 @@ def reconstruct(options: Options, processes: Processes) -> dict[str, Any]:
     """
     begun = time.perf_counter()
     tokenizer = load_tokenizer(options["reconstruct"]).to(processes.device)
-    dataset = images_of(options["data"], options["root"], tokenizer.image_size)
+    dataset = images_of(options["data"], options.get("root"), tokenizer.image_size)
     identity = {"data": dataset.describe(), "tokenizer": weights_hash(tokenizer.state_dict()), "count": len(dataset),
                 "label_scheme": "as in the data set"}
     folder = Path(options["out"])

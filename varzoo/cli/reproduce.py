@@ -31,15 +31,19 @@ def reproduce(options: Options, processes: Processes) -> dict[str, Any]:
         ValueError: count, labels, reference or extractor are not the protocol's and not allowed to differ; this is
             found before anything is drawn.
     """
-    overrides = (options["override"] or "").split()
+    overrides = options["override"].split()
     row, config = load_row(options["reproduce"], overrides)
     config.download, config.seed = options.flag("download"), int(options["seed"])
-    count = options.whole("count") if options["count"] else row.asked.count
+    published = row.asked.count
+    assert published is not None, "every row says how many samples there are"
+    count = options.whole("count") if options.get("count") else published
     extractor = make_extractor(options, row.asked)
     source = find_reference(options, processes, Path(options["out"]))
-    model = place(from_config(config, options["checkpoint"], options["tokenizer_checkpoint"]), processes.device,
+    model = place(from_config(config, options.get("checkpoint"), options.get("tokenizer_checkpoint")), processes.device,
                   PRECISIONS[config.precision])
-    request, scheme = requested(row, model.generator.num_classes, count, config.seed)
+    classes = model.generator.num_classes
+    assert classes is not None, "every row is of a class-conditional model"
+    request, scheme = requested(row, classes, count, config.seed)
     planned = replace(
         row.asked, metric=extractor.metric, extractor=extractor.name, extractor_hash=extractor.weights_hash(),
         extractor_resize=extractor.resize, count=count, labels=scheme, uint8_rule=model.tokenizer.uint8_rule,
@@ -73,7 +77,8 @@ def draw_row(options: Options, processes: Processes, config: DictConfig, model: 
     indices = writer.missing(range(processes.rank, len(request), processes.world_size))
     for samples in draw(model, request, seed=config.seed, batch_size=options.whole("batch_size"), indices=indices,
                         progress=processes.first):
-        writer.write(samples.images, samples.indices.tolist(), samples.labels.tolist())
+        assert samples.labels is not None  # as requested
+        writer.write(samples.images, samples.numbers.tolist(), samples.labels.tolist())
     processes.wait()
     writer.close()
     if processes.first:

@@ -9,11 +9,11 @@ from importlib import resources
 from typing import Any
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from varzoo.core.errors import unknown
 from varzoo.eval.protocol import EvalProtocol, find_protocol
-from varzoo.loading import compose_config
+from varzoo.loading import compose_config, plain
 
 GROUP = "experiment/leaderboard"
 METRICS = {"fd": "FID", "inception_score": "IS", "precision": "precision", "recall": "recall"}
@@ -80,7 +80,7 @@ def load_row(name: str, overrides: list[str]) -> tuple[Row, DictConfig]:
         config = compose_config("sample", [f"{GROUP}={name}", *overrides])
     except HydraException as error:
         raise ValueError(f"override={' '.join(overrides)!r} does not fit {name}: {error}.") from error
-    node = OmegaConf.to_container(config.row, resolve=True)
+    node = plain(config.row)
     expected = {metric: Expected(**value) for metric, value in node.pop("expected").items()}
     return Row(name=name, expected=expected, **node), config
 

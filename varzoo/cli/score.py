@@ -36,15 +36,16 @@ def score_files(options: Options, processes: Processes, asked: EvalProtocol | No
         about: fields of the measurement's protocol, and of its row's `run`, that are known already.
     """
     begun = time.perf_counter()
-    reader = SampleReader(path=options["samples"], labels=read_labels(options["labels"]),
+    reader = SampleReader(path=options["samples"], labels=read_labels(options.get("labels")),
                           batch_size=options.whole("batch_size"))
     extractor = make_extractor(options, asked).to(processes.device)
     metrics = chosen_metrics(options, asked, extractor)
     draft = draft_protocol(options, reader, extractor, asked, metrics)
     count = draft.count
+    assert count is not None  # the samples have been counted
     # features of both sides lie in the pass's folder
-    pass_ = Pass(folder=options["state"], identity=f"{reader.path} {draft.hash} {reader.batch_size} {sorted(metrics)}",
-                 processes=processes)
+    identity = f"{reader.path} {draft.hash} {reader.batch_size} {sorted(metrics)}"
+    pass_ = Pass(folder=options.get("state"), identity=identity, processes=processes)
     source = find_reference(options, processes, pass_.folder)
     draft = replace(draft, reference=source.name, reference_type=source.kind)
     allowed = options.names("allow")
@@ -57,15 +58,15 @@ def score_files(options: Options, processes: Processes, asked: EvalProtocol | No
     scorer = Scorer(
         extractor=extractor, count=count, splits=draft.is_splits, is_formula=draft.is_formula,
         metrics=metrics & set(METRICS),
-        biased=draft.covariance == "biased", half="float16" in draft.manifold,
+        biased=draft.covariance == "biased", half="float16" in (draft.manifold or ""),
         features=pass_.folder / f"features_{processes.rank}.npy", kid_subsets=options.whole("kid_subsets"),
         kid_size=options.whole("kid_size"))
     parts = {"scorer": scorer} | ({} if pair_scores is None else {"pairs": pair_scores})
     pass_.load(parts)
 
     def update(samples: Samples, original: Samples | None) -> None:
-        if pair_scores is not None:
-            pair_scores.update(samples.images, original.images, samples.indices)
+        if pair_scores is not None and original is not None:
+            pair_scores.update(samples.images, original.images, samples.numbers)
         scorer.update(samples)
 
     def mine(indices: Tensor) -> bool:  # every so-manieth batch, unless it was scored before the pass was killed
@@ -130,7 +131,7 @@ def manifold_of(metrics: set[str], asked: EvalProtocol | None) -> str:
 
 def stated(options: Options, name: str, manifest: dict[str, Any]) -> str:
     """What the samples' manifest says, or else the command line."""
-    told, said = manifest.get(name), options[name]
+    told, said = manifest.get(name), options.get(name)
     if told is not None and said is not None and told != said:
         raise ValueError(f"the samples' manifest says {name} {told!r}, the command line {said!r}; leave it out.")
     return told or said or "unknown"

@@ -11,14 +11,14 @@ from pathlib import Path
 from varzoo.configs import KINDS, list_configs
 from varzoo.core.errors import unknown
 
-RECON: dict[str, tuple[str | None, str]] = {  # setting: its default, what it means
-    "checkpoint": (None, "a tokenizer's file, or a run's folder"),
-    "tokenizer": (None, "its config, of a file that carries none, such as vq16"),
+RECON = {  # setting: its default, what it means
+    "checkpoint": ("", "a tokenizer's file, or a run's folder"),
+    "tokenizer": ("", "its config, of a file that carries none, such as vq16"),
     "out": ("recon.png", "where the picture goes (recon.png)"),
     "count": ("16", "how many images, the first ones (16)"),
     "lpips": ("alex", "alex, vgg or none (alex)"),
     "batch_size": ("8", "images at once (8)"),
-    "root": (None, "where Fashion-MNIST lies"),
+    "root": ("", "where Fashion-MNIST lies"),
     "device": ("cpu", "cpu or cuda (cpu)")}
 
 
@@ -109,16 +109,16 @@ def recon(options: argparse.Namespace) -> str:
         if name not in RECON:
             raise unknown("setting", name, RECON)
         settings[name] = value
-    if settings["checkpoint"] is None:
+    if not settings["checkpoint"]:
         raise ValueError("give checkpoint=FILE, a tokenizer's file or a run's folder.")
     for name in ("count", "batch_size"):
         if not settings[name].isdigit() or int(settings[name]) < 1:
             raise ValueError(f"{name} must be a positive whole number, got {settings[name]!r}.")
     config = None
-    if settings["tokenizer"] is not None:
+    if settings["tokenizer"]:
         config = compose_config("sample", [f"tokenizer={settings['tokenizer']}", "checkpoint=none"]).tokenizer
     tokenizer = load_tokenizer(settings["checkpoint"], config)
-    scores = compare(tokenizer, images_of(options.images, settings["root"], tokenizer.image_size),
+    scores = compare(tokenizer, images_of(options.images, settings["root"] or None, tokenizer.image_size),
                      Path(settings["out"]), count=int(settings["count"]), batch_size=int(settings["batch_size"]),
                      lpips=settings["lpips"], device=settings["device"])
     shown = "   ".join(f"{name.upper()} {value:.4f}" for name, value in scores.items())

@@ -43,6 +43,12 @@ class Samples:
     labels: Tensor | None = None
     indices: Tensor | None = None
 
+    @property
+    def numbers(self) -> Tensor:
+        """The indices, of samples that have been given some."""
+        assert self.indices is not None
+        return self.indices
+
 
 @dataclass(frozen=True)
 class Scores:

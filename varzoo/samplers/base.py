@@ -69,13 +69,19 @@ class Sampler(ABC):
 
     Attributes:
         needs: names of the abilities (`Generator.offers`) without which it cannot run.
-        needs_codebook: whether it compares codes; `use_codebook` then gives it the tokenizer's on composition.
-        networks: weights that belong to it, such as a draft model's.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    needs_codebook: bool = False
-    networks: tuple[nn.Module, ...] = ()
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Weights that belong to it, such as a draft model's."""
+        return ()
+
+    @property
+    def needs_codebook(self) -> bool:
+        """Whether it compares codes; `use_codebook` then gives it the tokenizer's on composition."""
+        return False
 
     def use_codebook(self, codebook: Tensor) -> None:
         """Take the tokenizer's code vectors as stored, `[K, C]` or `[D, K, C]`."""

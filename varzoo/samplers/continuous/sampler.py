@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from varzoo.core.draws import AnyDraws
 from varzoo.core.steps import Step, at_step
 from varzoo.generators.base import Condition, Decoding, Generator
+from varzoo.nn.diffusion import Diffusion
 from varzoo.nn.rows import put_rows, take_rows
 from varzoo.nn.solvers import Density
 from varzoo.predictions.base import Drawn
@@ -110,12 +111,12 @@ class Speculation:
         drawn = self.drafting.predict(step).draw(self.draws, **self._at)
         self.drafting.commit(step, drawn.tokens)
         self.draft_evaluations += 1
-        self._density = _put(self._density, step.positions, drawn.density)
+        self._density = _put(self._density, step.positions, _density_of(drawn))
         self.drafted.append(step)
 
     def verify(self, step: Step) -> Verification:
         """Judge the tokens at a step's positions `[B, n]`, which the target predicts without seeing them."""
-        draft, target = _take(self._density, step.positions), self._drawn_by_target(step).density
+        draft, target = _take(self._density, step.positions), _density_of(self._drawn_by_target(step))
         x, at = take_rows(self.drafting.tokens, step.positions), step.positions
         log_ratio = self.acceptance.log_ratio(x, draft, target)
         accepted = log_ratio.exp() > self.draws.uniform("accept", at=at)
@@ -152,6 +153,11 @@ class Speculation:
         return drawn
 
 
+def _density_of(drawn: Drawn) -> Density:
+    assert drawn.density is not None, "a sampler that judges densities refuses solvers without"
+    return drawn.density
+
+
 def _take(density: Density, positions: Tensor) -> Density:
     return Density(mean=take_rows(density.mean, positions), std=take_rows(density.std, positions),
                    log_std_sum=take_rows(density.log_std_sum, positions))
@@ -160,6 +166,13 @@ def _take(density: Density, positions: Tensor) -> Density:
 def _put(density: Density, positions: Tensor, rows: Density) -> Density:
     return Density(mean=put_rows(density.mean, positions, rows.mean), std=put_rows(density.std, positions, rows.std),
                    log_std_sum=put_rows(density.log_std_sum, positions, rows.log_std_sum))
+
+
+@runtime_checkable
+class Diffuses(Protocol):
+    """What generators are that offer densities."""
+
+    process: Diffusion
 
 
 class MaskedSpeculative(Sampler):
@@ -199,6 +212,7 @@ class MaskedSpeculative(Sampler):
         super().check(self.draft)
         check_options(self.draw, generator)
         generator.check_plan(self.plan)
+        assert isinstance(self.draft, Diffuses) and isinstance(generator, Diffuses)  # they offer densities
         betas = self.draft.process.betas, generator.process.betas
         for what, ours, theirs in (("tokens", self.draft.spec, generator.spec),
                                    ("number of classes", self.draft.num_classes, generator.num_classes),

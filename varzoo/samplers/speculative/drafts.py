@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from varzoo.core.draws import AnyDraws, inverse_cdf
 from varzoo.core.errors import unknown
 from varzoo.generators.base import Condition, Generator
+from varzoo.generators.causal import CausalGenerator
 from varzoo.generators.ragged import Outlook, RaggedDecoding
 from varzoo.generators.trees import Tree
 from varzoo.samplers.base import GuidanceSetting
@@ -75,6 +76,7 @@ class ModelDraft(Draft):
     def check(self, target: Generator) -> None:
         self.model.check(target)
         self.shape.require_vocabulary(target.spec.size)
+        assert isinstance(target, CausalGenerator)  # as the model saw
         ids = target.order.positions.shape[1] * target.spec.depth
         if ids > 1 and not (isinstance(self.shape, Sequences) and self.shape.count == 1):
             raise ValueError(f"a step of {type(target).__name__} draws {ids} ids at once, and siblings would have to "

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from varzoo.core.draws import AnyDraws
 from varzoo.generators.base import Condition, Generator
+from varzoo.generators.causal import CausalGenerator
 from varzoo.generators.drafter import Drafter
+from varzoo.generators.llama import LlamaGenerator
 from varzoo.generators.ragged import Outlook, Ragged, RaggedDecoding
 from varzoo.generators.trees import Tree
 from varzoo.nn.llama import Sight
@@ -63,6 +65,8 @@ class DraftModel(ABC):
 class Eagle(DraftModel):
     """A drafter that predicts the target's hidden states (`varzoo.generators.drafter`)."""
 
+    network: Drafter
+
     def __init__(self, *, drafter: Drafter) -> None:
         if not isinstance(drafter, Drafter):
             raise ValueError(f"Eagle drafts with a Drafter, got {type(drafter).__name__}: use Smaller(generator=...).")
@@ -83,7 +87,8 @@ class EagleState(DraftState):
     """
 
     def __init__(self, drafter: Drafter, decoding: RaggedDecoding, prefill: Outlook, nodes: int, levels: int) -> None:
-        self.drafter, self.decoding = drafter, decoding
+        assert isinstance(decoding.generator, LlamaGenerator)  # as `Drafter.require_fit` saw
+        self.drafter, self.decoding, self._rows = drafter, decoding, decoding.generator.rows
         branches, batch, prefix = prefill.features.shape[:3]
         self._cache = drafter.new_cache(branches * batch, prefix + decoding.cells + levels + nodes + 2)
         self._length = torch.zeros_like(decoding.known)
@@ -134,9 +139,9 @@ class EagleState(DraftState):
         branches = len(features)
         each = lambda tensor: tensor.repeat(branches, *(1,) * (tensor.ndim - 1))  # noqa: E731
         self.evaluations += 1
-        rows = self.decoding.generator.rows(each(places) + 1)
-        return self.drafter(features.flatten(0, 1), each(ids), rows, sight=Sight(mask=each(mask[:, None])),
-                            cache=self._cache, slots=each(slots)).unflatten(0, (branches, -1))
+        return self.drafter(features.flatten(0, 1), each(ids), self._rows(each(places) + 1),
+                            sight=Sight(mask=each(mask[:, None])), cache=self._cache,
+                            slots=each(slots)).unflatten(0, (branches, -1))
 
 
 class Smaller(DraftModel):
@@ -152,6 +157,7 @@ class Smaller(DraftModel):
         if self.network.spec != target.spec:
             raise ValueError(f"the draft generator models {self.network.spec}, the target {target.spec}: both must "
                              "have the same tokenizer.")
+        assert isinstance(self.network, CausalGenerator) and isinstance(target, CausalGenerator)  # who else verifies?
         if not torch.equal(self.network.order.positions, target.order.positions):
             raise ValueError(f"{type(self.network).__name__} draws tokens in another order than "
                              f"{type(target).__name__}: choose a draft with the target's order.")
@@ -160,6 +166,7 @@ class Smaller(DraftModel):
               guidance: GuidanceSetting, nodes: int, levels: int) -> SmallerState:
         plan = Ragged(nodes=nodes + 1, levels=levels + 1, prefix=decoding.plan.prefix)
         own = self.network.begin(condition, draws=draws, guidance=guidance, plan=plan)
+        assert isinstance(own, RaggedDecoding)  # as planned
         own.prefill()
         own.admit(decoding.pending)
         return SmallerState(own, decoding)
@@ -187,6 +194,7 @@ class SmallerState(DraftState):
 
     def follow(self, proposal: Proposal, verdict: Verdict, outlook: Outlook) -> None:
         path = verdict.path
+        assert proposal.fed is not None, "what a model has grown, it was fed"
         fed = proposal.fed.expand(len(path), -1).gather(1, path.clamp(min=0)) + self._behind
         last = torch.arange(path.shape[1], device=path.device) >= verdict.accepted[:, None]
         kept = torch.where(last, -1, fed)

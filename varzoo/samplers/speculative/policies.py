@@ -42,6 +42,12 @@ class Siblings:
     kind: str
     count: Tensor
 
+    @property
+    def drawn_from(self) -> Tensor:
+        """q, of candidates that were drawn."""
+        assert self.q is not None, "a draft that draws says from what"
+        return self.q
+
 
 def at(values: Tensor, x: Tensor) -> Tensor:
     """The entries x `[...]` of rows `[..., V]`."""
@@ -64,7 +70,7 @@ class Policy(ABC):
             the rows of the generator's input embedding (`comparing`).
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset({POINT, WITHOUT, WITH})
+    kinds: frozenset[str] = frozenset({POINT, WITHOUT, WITH})
     exact: ClassVar[bool] = False
     needs_codebook: ClassVar[bool] = False
     needs_embeddings: ClassVar[bool] = False
@@ -86,9 +92,9 @@ class Policy(ABC):
         where = rejected[..., None]
         p, q = torch.where(where, self.residual(siblings, x), siblings.p), siblings.q
         if siblings.kind == WITHOUT:
-            left = q.scatter(-1, x[..., None], 0)
-            left = left / left.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
-            q = torch.where(where, left, q)
+            left = siblings.drawn_from.scatter(-1, x[..., None], 0)
+            left = left / left.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(left.dtype).tiny)
+            q = torch.where(where, left, siblings.drawn_from)
         return replace(siblings, p=p, q=q)
 
     def rest(self, siblings: Siblings) -> Tensor:
@@ -146,20 +152,25 @@ class KSequential(Policy):
         return RhoSiblings(siblings.p, siblings.q, siblings.kind, siblings.count, high)
 
     def odds(self, siblings: Siblings, x: Tensor) -> Tensor:
-        return self.odds_of(at(siblings.p / siblings.rho, x), siblings, x)
+        return self.odds_of(at(siblings.p / self._rho(siblings), x), siblings, x)
 
     def residual(self, siblings: Siblings, x: Tensor) -> Tensor:
         return siblings.p  # the same test for all
 
     def rest(self, siblings: Siblings) -> Tensor:
-        count, beta = siblings.count[..., None], self._beta(siblings, siblings.rho)
-        kept = torch.minimum(siblings.q, siblings.p / siblings.rho)
+        count, rho = siblings.count[..., None], self._rho(siblings)
+        kept, beta = torch.minimum(siblings.drawn_from, siblings.p / rho), self._beta(siblings, rho)
         share = (1 - (1 - beta) ** count) / beta.clamp(min=torch.finfo(beta.dtype).tiny)
         return torch.where(count > 0, normalised((siblings.p - kept * share).clamp(min=0)), siblings.p)
 
     @staticmethod
+    def _rho(siblings: Siblings) -> Tensor:
+        assert isinstance(siblings, RhoSiblings), "a place is entered before its candidates are tested"
+        return siblings.rho
+
+    @staticmethod
     def _beta(siblings: Siblings, rho: Tensor) -> Tensor:
-        return torch.minimum(siblings.q, siblings.p / rho).sum(dim=-1, keepdim=True)
+        return torch.minimum(siblings.drawn_from, siblings.p / rho).sum(dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +281,7 @@ class Lantern(Policy):
             if self.loser == "target":
                 p = torch.where(counted, p.scatter(-1, near, 0), p)
             else:
-                q = torch.where(counted, q.scatter(-1, near, 0), q)
+                q = torch.where(counted, siblings.drawn_from.scatter(-1, near, 0), siblings.drawn_from)
         return normalised(p.scatter(-1, itself, 0) if q is None else (p - q).clamp(min=0))
 
     def _nearest(self, x: Tensor, count: int) -> Tensor:
@@ -299,17 +310,16 @@ class Grouped(Policy):
     distance: ClassVar[float] = 0.5
     largest_id: ClassVar[int] = 10000
 
-    def __init__(self) -> None:
-        self.embeddings: Tensor | None = None
+    def __init__(self, embeddings: Tensor | None = None) -> None:
+        self.embeddings = embeddings
 
     def comparing(self, embeddings: Tensor) -> Grouped:
         """This policy for a target with the given input embeddings `[V, C]`."""
-        policy = Grouped()
-        policy.embeddings = embeddings
-        return policy
+        return Grouped(embeddings)
 
     def odds(self, siblings: Siblings, x: Tensor) -> Tensor:
-        p, q = siblings.p, siblings.q
+        assert self.embeddings is not None, "a sampler compares by its target's embeddings"
+        p, q = siblings.p, siblings.drawn_from
         order = p.argsort(dim=-1, stable=True)
         rank = (order == x[..., None]).int().argmax(dim=-1, keepdim=True)
         window = rank + torch.arange(-self.below, self.above + 1, device=x.device)
@@ -324,4 +334,4 @@ class Grouped(Policy):
         return torch.where(rank[..., 0] < self.below, plain, grouped)
 
     def residual(self, siblings: Siblings, x: Tensor) -> Tensor:
-        return normalised((siblings.p - siblings.q).clamp(min=0))
+        return normalised((siblings.p - siblings.drawn_from).clamp(min=0))

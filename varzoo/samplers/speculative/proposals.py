@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,11 +37,12 @@ class Proposal:
     fed: Tensor | None = None
 
     def draft_of(self, nodes: Tensor) -> Tensor | None:
-        """The distributions `[B, w, V]` that the children of nodes `[B]` were drawn from."""
+        """The distributions `[B, m, w, V]` that the children of nodes `[B, m]` were drawn from."""
         if self.q is None:
             return None
-        group = self.group.expand(len(nodes), -1).gather(1, nodes[:, None])[:, 0]
-        return self.q[torch.arange(len(nodes), device=nodes.device), group]
+        assert self.group is not None, "q is of no use without the groups"
+        group = self.group.expand(len(nodes), -1).gather(1, nodes)
+        return self.q[torch.arange(len(nodes), device=nodes.device)[:, None], group]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Verdict:
     path: Tensor
     following: Tensor
     odds: Tensor
-    skipped: Tensor = field(default=None)
+    skipped: Tensor
 
     @property
     def accepted(self) -> Tensor:

@@ -15,6 +15,7 @@ from varzoo.core.draws import AnyDraws, inverse_cdf
 from varzoo.core.steps import Schedule, Step, of_phase
 from varzoo.generators.base import Condition, Generator
 from varzoo.generators.causal import Prefix
+from varzoo.generators.llama import LlamaGenerator
 from varzoo.generators.ragged import Ragged, RaggedDecoding
 from varzoo.samplers.base import Callback, Counts, GuidanceSetting, Progress, Sampled, Sampler, check_options
 from varzoo.samplers.speculative.drafts import Draft
@@ -120,9 +121,11 @@ class Speculation:
     def __init__(self, sampler: Speculative, generator: Generator, condition: Condition, draws: AnyDraws) -> None:
         self.sampler, self.draws, self.processing = sampler, draws, sampler.processing
         plan = Ragged(nodes=sampler.draft.nodes, levels=sampler.draft.levels, prefix=sampler.plan)
-        self.decoding: RaggedDecoding = generator.begin(condition, draws=draws, guidance=sampler.guidance, plan=plan)
-        self.policy = sampler.policy
+        decoding = generator.begin(condition, draws=draws, guidance=sampler.guidance, plan=plan)
+        assert isinstance(decoding, RaggedDecoding)  # as planned
+        self.decoding, self.policy = decoding, sampler.policy
         if isinstance(self.policy, Grouped):
+            assert isinstance(generator, LlamaGenerator)  # it offers features, as `check` saw
             self.policy = self.policy.comparing(generator.embedding.weight)
         self.rounds = 0
         self.sample_rounds, self.tested, self.accepted = 0, 0, 0

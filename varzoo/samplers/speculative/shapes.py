@@ -135,8 +135,8 @@ class StaticTree(Shape):
         """The tree in tensors, made once per device."""
         if device not in self._moved:
             number = {node: place for place, node in enumerate(self.inner)}
-            inner = [-1, *(number[self.parents[node]] for node in self.inner[1:])]
-            inner, levels = Tree(torch.tensor(inner, device=device)[None], self.levels - 1), []
+            parents = [-1, *(number[self.parents[node]] for node in self.inner[1:])]
+            inner, levels = Tree(torch.tensor(parents, device=device)[None], self.levels - 1), []
             for level in range(self.levels):
                 groups = [node for node in self.inner if self.depth[node] == level]
                 here = [node for node in range(self.nodes) if self.depth[node] == level + 1]
@@ -218,7 +218,8 @@ class DynamicTree(Shape):
         root = torch.zeros(batch, 1, dtype=torch.long, device=device)
         scores, logits = root.float(), processing.logits(state.root())[:, :, 0]
         # Numbers of nodes in the pool of all that is scored (-1: node 0), and of the parents in what is fed.
-        numbers, fed, pool, drafts = root - 1, [(root - 1, root - 1)], [], []
+        numbers, fed, drafts = root - 1, [(root - 1, root - 1)], []
+        pool: list[tuple[Tensor, Tensor, Tensor]] = []
         for level in range(self.depth + 1):
             gumbel = draws.gumbel("draft", tuple(logits.shape[1:]), at=first[:, None] + level)[:, 0] if drawn else None
             if drawn:
@@ -228,8 +229,8 @@ class DynamicTree(Shape):
             pool.append((children.place.flatten(1), ids, numbers.repeat_interleave(k, dim=1)))
             if level < self.depth:
                 scores, best = _likeliest(children.follow.flatten(1), k)
-                above = fed[-1][0].shape[1]
-                hung = sum(part.shape[1] for part, _ in fed) - above + best // k
+                before = sum(part.shape[1] for part, _ in fed[:-1])
+                hung = before + best // k
                 numbers = size + best
                 fed.append((numbers, hung))
                 tree = Tree(torch.cat([parents for _, parents in fed], dim=1), level + 1)

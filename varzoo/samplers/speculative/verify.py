@@ -48,8 +48,8 @@ def verify_tree(p: Tensor, proposal: Proposal, uniforms: Tensor, policy: Policy)
     skipped = torch.zeros_like(odds, dtype=torch.bool)
     for _ in range(tree.levels):
         candidates = children[samples, current]
-        draft = proposal.draft_of(current)
-        siblings = policy.enter(Siblings(p[samples, current], None if draft is None else draft[:, 0], proposal.kind,
+        draft = proposal.draft_of(current[:, None])
+        siblings = policy.enter(Siblings(p[samples, current], None if draft is None else draft[:, 0, 0], proposal.kind,
                                          (candidates >= 0).sum(dim=1)))
         found = torch.full_like(current, -1)
         for candidate in candidates.unbind(dim=1):
@@ -87,10 +87,8 @@ def verify_chain(p: Tensor, proposal: Proposal, uniforms: Tensor, policy: Policy
         nothing = torch.full((len(tokens), 1), torch.nan, device=p.device)
         return Verdict(path=torch.zeros_like(samples)[:, None], following=p[:, 0], odds=nothing,
                        skipped=torch.zeros_like(nothing, dtype=torch.bool))
-    drafts = None
-    if proposal.q is not None:
-        group = proposal.group[:, :-1].expand(len(tokens), -1)
-        drafts = proposal.q[samples[:, None], group]
+    order = torch.arange(nodes, device=tokens.device)
+    drafts = proposal.draft_of(order[:-1].expand(len(tokens), -1))
     x, once = tokens[:, 1:], torch.ones_like(tokens[:, 1:])
     chance = policy.odds(policy.enter(Siblings(p[:, :-1], drafts, proposal.kind, once)), x)
     kept = (chance > 0) & (uniforms[:, 1:] <= chance)
@@ -106,7 +104,6 @@ def verify_chain(p: Tensor, proposal: Proposal, uniforms: Tensor, policy: Policy
     left = torch.where(kept[..., None], settled, left)
     following = torch.where((count == nodes - 1)[:, None, None], p[:, -1], left)
 
-    order = torch.arange(nodes, device=tokens.device)
     odds = torch.cat([torch.full_like(chance[:, :1, 0], torch.nan), chance.amin(dim=2)], dim=1)
     tested = (order > 0) & (order <= count[:, None] + 1)
     skipped = tested & (odds < 0)
