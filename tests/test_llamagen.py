@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.learning import losses_while_learning
 from varzoo.core.draws import Draws
 from varzoo.core.spec import TokenSpec
 from varzoo.core.steps import Constant, FirstSteps
@@ -124,14 +125,7 @@ def test_official_names_there_and_back() -> None:
 def test_training_lowers_the_loss() -> None:
     model = tiny().train()
     batch = Batch(tokens=torch.arange(15).repeat(4, 1), condition=Condition.classes(torch.arange(4)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for iteration in range(30):
-        loss = model.loss(batch, Draws(0, range(4)).keyed(iteration=iteration), 0.0).total
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_while_learning(model, batch, steps=30)
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from tests.learning import losses_while_learning
 from tests.speculation import (
     DRAFTS,
     SMALL_TREE,
@@ -513,14 +514,7 @@ def test_the_drafter_learns_its_target() -> None:
     model.use_target(target)
     assert torch.equal(model.embedding.weight, target.embedding.weight)
     batch = Batch(tokens=torch.arange(6).repeat(6, 1), condition=Condition.classes(torch.arange(6) % 3))
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
-    losses = []
-    for iteration in range(60):
-        loss = model.loss(batch, Draws(0, range(6)).keyed(iteration=iteration), 0.0).total
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_while_learning(model, batch, steps=60, lr=1e-2)
     assert losses[-1] < 0.6 * losses[0]
     assert torch.equal(model.embedding.weight, target.embedding.weight)  # frozen
     assert copy.deepcopy(model).target is target  # copies of a drafter share it

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import DEFAULT_GOLDENS
+from tests.learning import losses_while_learning
 from varzoo.core.checkpoint import load_strictly
 from varzoo.core.draws import Draws
 from varzoo.core.spec import TokenSpec
@@ -327,14 +328,7 @@ def test_windows_of_one_take_official_files_and_others_say_what_is_missing() -> 
 def test_training_lowers_the_loss() -> None:
     model = tiny().train()
     batch = Batch(tokens=torch.arange(24).repeat(4, 1), condition=Condition.classes(torch.arange(4)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for iteration in range(40):
-        loss = model.loss(batch, Draws(0, range(4)).keyed(iteration=iteration), 0.0).total
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_while_learning(model, batch, steps=40)
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.golden_case import fill
+from tests.learning import losses_while_learning
 from varzoo.core.checkpoint import load_strictly
 from varzoo.core.draws import Draws
 from varzoo.core.spec import TokenSpec
@@ -325,13 +325,7 @@ def test_dropped_classes_train_the_null_class(name: str, class_drop: float, rows
 def test_overfits_a_constant(name: str) -> None:
     model = BUILDERS[name]()
     batch = Batch(tokens=torch.full((8, 24, 3), 0.5), condition=labels(0, 1, 2, 3, 4, 0, 1, 2))
-    optimizer, losses = AdamW(model.parameters(), lr=3e-3), []
-    for iteration in range(40):
-        loss = model.loss(batch, Draws(0, tuple(range(8))).keyed(iteration=iteration), 0.0).total
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_while_learning(model, batch, steps=40)
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 

@@ -26,10 +26,11 @@ from varzoo.core.steps import Schedule, Step, needs_null_branch, of_phase
 from varzoo.generators.base import Batch, Condition, Decoding, Generator
 from varzoo.generators.causal import guide
 from varzoo.generators.conditioners import ClassPrefix
-from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator, initialise
+from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator
 from varzoo.generators.masked import ConfidencePlan, require_plan
 from varzoo.generators.orders import Order
 from varzoo.nn.few_rows import FewRowsLinear
+from varzoo.nn.initial import normal_weight
 from varzoo.nn.llama import LlamaStack, Sight
 from varzoo.nn.rotary import axial_table, zero_rows
 from varzoo.predictions.base import Prediction
@@ -58,7 +59,7 @@ class ELM(LlamaGenerator):
         self.embedding = nn.Embedding(spec.depth * spec.size, width)  # a table for each group
         self.projection = FewRowsLinear(spec.depth * width, width, bias=False) if spec.depth > 1 else nn.Identity()
         self.head = FewRowsLinear(width, spec.depth * spec.size, bias=False)
-        self.apply(initialise)
+        self.apply(normal_weight)
         nn.init.zeros_(self.head.weight)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class MaskedELM(Generator):
         self.bias = nn.Parameter(torch.zeros(spec.size + 1))
         rows = torch.cat([zero_rows(1, width // heads), axial_table(spec.shape, width // heads)])
         self.register_buffer("rotary", rows.repeat_interleave(spec.depth, dim=0), persistent=False)
-        self.apply(initialise)
+        self.apply(normal_weight)
 
     @property
     def num_classes(self) -> int | None:  # type: ignore[override]  # follows from its parts

@@ -31,6 +31,7 @@ from varzoo.generators.masked import MaskPlan, MaskRate, known_positions, masked
 from varzoo.nn.diffusion import epsilon_loss
 from varzoo.nn.diffusion_mlp import DiffusionMLP, diffusion_mlp_rules
 from varzoo.nn.diffusion_transformer import DiffusionTransformer, diffusion_transformer_rules
+from varzoo.nn.initial import xavier_linear
 from varzoo.nn.rows import put_rows, take_rows
 from varzoo.nn.scale_aware_vit import ScaleAwareViT
 from varzoo.nn.solvers import Known
@@ -98,9 +99,7 @@ class HiMAR(MaskedDiffusion):
         self.pivot_embed = nn.Linear(spec.size, encoder_width)
         self.hidden_embed = nn.Linear(decoder_width, encoder_width)
         self.null_pivots = nn.Parameter(torch.empty(1, self.pivot_count, spec.size))
-        for layer in (self.pivot_embed, self.hidden_embed):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        xavier_linear((self.pivot_embed, self.hidden_embed))
         nn.init.normal_(self.null_pivots, std=0.02)
         self.pivot_head = DiffusionMLP(channels=spec.size, out_channels=2 * spec.size, condition_width=decoder_width,
                                        width=head_width, depth=head_depth)

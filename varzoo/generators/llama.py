@@ -71,12 +71,6 @@ class LlamaGenerator(CausalGenerator):
         return self.stack.new_cache(batch, len(self.rotary) + spare)
 
 
-def initialise(module: nn.Module) -> None:
-    """LlamaGen's initial weights: N(0, 0.02) in every linear layer and table."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-
-
 LLAMA_RULES = (  # LlamaGen's names, in everything built on its code
     Rename("cls_embedding.embedding_table.weight", "conditioner.table.weight"),
     Rename("cls_embedding.cap_proj.fc1.weight", "conditioner.projection.0.weight"),

@@ -17,9 +17,10 @@ from varzoo.core.keymap import Ignore, KeyMap, Rename
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Condition
 from varzoo.generators.conditioners import Conditioner
-from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator, initialise
+from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator
 from varzoo.generators.orders import Order
 from varzoo.nn.few_rows import FewRowsLinear
+from varzoo.nn.initial import normal_weight
 from varzoo.nn.llama import huggingface_rules
 from varzoo.nn.rotary import axial_table, zero_rows
 
@@ -37,7 +38,7 @@ class NextToken(LlamaGenerator):
                          rows=rows, width=width, depth=depth, heads=heads, multiple_of=multiple_of, norm_eps=norm_eps,
                          token_dropout=token_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout)
         self.head = FewRowsLinear(width, spec.size, bias=False)
-        self.apply(initialise)
+        self.apply(normal_weight)
         nn.init.zeros_(self.head.weight)
 
     def project(self, head: int, features: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from varzoo.core.keymap import KeyMap, Rename
 from varzoo.core.spec import TokenSpec
 from varzoo.generators.conditioners import Conditioner
-from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator, initialise
+from varzoo.generators.llama import LLAMA_RULES, LlamaGenerator
 from varzoo.generators.orders import Order
 from varzoo.nn.few_rows import FewRowsLinear
+from varzoo.nn.initial import normal_weight
 from varzoo.nn.rotary import axial_table, zero_rows
 
 
@@ -53,7 +54,7 @@ class NAR(LlamaGenerator):
             width=width, depth=depth + axes - 1, heads=heads, multiple_of=multiple_of, norm_eps=norm_eps,
             token_dropout=token_dropout, attention_dropout=attention_dropout, mlp_dropout=mlp_dropout)
         self.heads = nn.ModuleList(FewRowsLinear(width, spec.size, bias=False) for _ in range(axes))
-        self.apply(initialise)
+        self.apply(normal_weight)
         nn.init.zeros_(next(self.heads[0].parameters()))
 
     def project(self, head: int, features: Tensor) -> Tensor:

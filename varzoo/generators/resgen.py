@@ -30,6 +30,7 @@ from varzoo.nn.code_tables import code_tables, requantise, require_tables, sum_l
 from varzoo.nn.denoiser import FinalLayer
 from varzoo.nn.diffusion_transformer import TransformerBlock
 from varzoo.nn.gaussian_mixture import GaussianMixture, GaussianMixtureHead
+from varzoo.nn.initial import xavier_linear
 from varzoo.predictions.base import Prediction
 from varzoo.predictions.mixture import MixturePrediction
 
@@ -142,10 +143,7 @@ class ResGen(Generator):
         self._initialise()
 
     def _initialise(self) -> None:
-        for module in (self.input, *self.blocks.modules(), self.final.linear):
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_linear((self.input, *self.blocks.modules(), self.final.linear))
         layer: Any
         for layer in (*(block.modulation for block in self.blocks), self.final.modulation):
             nn.init.zeros_(layer.weight)

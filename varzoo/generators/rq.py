@@ -25,11 +25,11 @@ from varzoo.core.spec import TokenSpec
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.causal import CausalGenerator, cross_entropy
 from varzoo.generators.conditioners import CaptionPrefix, Conditioner
-from varzoo.generators.llama import initialise
 from varzoo.generators.orders import Order, Turn
 from varzoo.nn.code_tables import code_tables, look_up, require_tables
 from varzoo.nn.few_rows import FewRowsLinear
 from varzoo.nn.gpt import GPTStack, gpt_rules
+from varzoo.nn.initial import normal_weight
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.llama import Sight
 from varzoo.predictions.base import Prediction
@@ -98,7 +98,7 @@ class RQTransformer(CausalGenerator):
             self.caption_norm = nn.LayerNorm(width)
             self.caption_classifier = nn.Linear(width, conditioner.table.num_embeddings)
         self.register_buffer("slots", torch.arange(conditioner.length + spec.length), persistent=False)
-        self.apply(initialise)
+        self.apply(normal_weight)
         for positions in (self.prefix_positions, self.cell_positions, self.level_positions):
             nn.init.normal_(positions, std=0.02)
 

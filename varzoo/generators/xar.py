@@ -24,7 +24,8 @@ from varzoo.core.steps import Schedule, Step
 from varzoo.generators.base import Batch, Condition
 from varzoo.generators.unitwise import UnitDecoding, UnitGenerator
 from varzoo.nn.denoiser import FREQUENCIES, MODULATION_NUMBERS, time_frequencies
-from varzoo.nn.modulated_transformer import initialise, time_index
+from varzoo.nn.initial import xavier_linear
+from varzoo.nn.modulated_transformer import time_index
 from varzoo.predictions.flow import FlowPrediction
 
 
@@ -42,8 +43,7 @@ class XAR(UnitGenerator):
         width = self.class_embed.embedding_dim
         self.time_embed = TimestepEmbedding(FREQUENCIES, width)
         self.head = nn.Linear(width, self.spec.size)
-        initialise(self.time_embed)
-        initialise(self.head)
+        xavier_linear([*self.time_embed.modules(), *self.head.modules()])
 
     def time_vectors(self, times: Tensor) -> Tensor:
         """Times `[...]` in [0, 1] -> vectors `[..., width]`."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from varzoo.core.keymap import Rename, Rule
 from varzoo.nn.fourier_head import FourierHead
+from varzoo.nn.initial import xavier_linear
 from varzoo.nn.kv_cache import KVCache
 
 Classifier = nn.Linear | FourierHead
@@ -115,10 +116,7 @@ class ChannelTransformer(nn.Module):
     def _initialise(self) -> None:
         """As officially; embeddings and Fourier heads keep their own."""
         linear = [module for part in (self.condition, self.blocks) for module in part.modules()]
-        for module in [*linear, *self.classifiers]:
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_linear([*linear, *self.classifiers])
         layer: Any
         for layer in (self.modulation, *(block.modulation for block in self.blocks)):
             nn.init.zeros_(layer.weight)

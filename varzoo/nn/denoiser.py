@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 from torch import Tensor, nn
 
+from varzoo.nn.initial import xavier_linear
+
 FREQUENCIES = 256
 MODULATION_NUMBERS = 2**24  # kept at a time while sampling: 64 MiB in float32
 
@@ -60,10 +62,7 @@ class Denoiser(nn.Module, ABC):
         self._initialise()
 
     def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_linear(self.modules())
         layer: Any
         for layer in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(layer.weight, std=0.02)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from varzoo.core.errors import unknown
 from varzoo.core.keymap import Ignore, Rename, Rule
 from varzoo.nn.denoiser import FREQUENCIES, time_frequencies
+from varzoo.nn.initial import xavier_linear
 from varzoo.nn.modulated_transformer import (
     NORM_EPS,
     Attention,
     ModulatedBlock,
     geglu,
-    initialise,
     plain_norm,
     rotary_frequencies,
     time_index,
@@ -142,7 +142,7 @@ class FlowTransformer(nn.Module):
                                     for _ in range(depth))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, channels)
-        initialise(self)
+        xavier_linear(self.modules())  # also where adaLN usually starts at zero
         for layer in (self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.output.weight)  # the head starts as the zero function

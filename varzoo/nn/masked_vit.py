@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
+from varzoo.nn.initial import xavier_linear
 from varzoo.nn.rows import put_rows, take_rows
 
 
@@ -107,10 +108,7 @@ class MaskedViT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        xavier_linear(self.modules())
         for table in (self.encoder_positions, self.mask_token, self.decoder_positions, self.output_positions):
             nn.init.normal_(table, std=0.02)
 

@@ -16,6 +16,7 @@ from timm.layers import SwiGLU
 from torch import Tensor, nn
 
 from varzoo.core.keymap import Ignore, Rename, Rule
+from varzoo.nn.initial import xavier_linear
 from varzoo.nn.kv_cache import KVCache
 from varzoo.nn.rotary import axial_rows, rotate
 
@@ -121,7 +122,7 @@ class ModulatedTransformer(nn.Module):
         self.decoder_norm = norm()
         self.register_buffer("rotary", axial_rows(coordinates, self.head_dim), persistent=False)
         self.register_buffer("slots", torch.arange(length), persistent=False)
-        initialise(self)
+        xavier_linear(self.modules())  # also where adaLN usually starts at zero
         for table in (self.encoder_positions, self.decoder_positions):
             nn.init.normal_(table, std=0.02)
 
@@ -164,15 +165,6 @@ class ModulatedTransformer(nn.Module):
         weight = self.token_norm.weight
         return KVCache(layers=len(self.encoder_blocks) + len(self.decoder_blocks), batch=batch, heads=self.heads,
                        slots=len(self.slots), head_dim=self.head_dim, dtype=weight.dtype, device=weight.device)
-
-
-def initialise(module: nn.Module) -> None:
-    """xavier_uniform in every linear layer, biases 0: also where adaLN usually starts at zero."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 def rotary_frequencies(head_dim: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from varzoo.nn.initial import xavier_linear
 from varzoo.nn.masked_vit import MaskedViT, Stack, attend_at
 from varzoo.nn.rows import take_rows
 
@@ -56,8 +57,7 @@ class PhaseVectors(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(phases, width)
         self.linear = nn.Linear(width, 4 * width)
-        nn.init.xavier_uniform_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        xavier_linear([self.linear])
 
     def forward(self, phase: int) -> Tensor:
         return self.linear(F.silu(self.embed.weight[phase]))
