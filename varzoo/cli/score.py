@@ -57,11 +57,26 @@ def score_files(options: Options, processes: Processes, asked: EvalProtocol | No
     reference = source.get(extractor, bool(metrics & {"precision_recall", "kid"}), draft.covariance == "biased")
     scorer = Scorer(
         extractor=extractor, count=count, splits=draft.is_splits, is_formula=draft.is_formula,
-        metrics=metrics & set(METRICS),
-        biased=draft.covariance == "biased", half="float16" in (draft.manifold or ""),
+        metrics=metrics & set(METRICS), biased=draft.covariance == "biased", half="float16" in (draft.manifold or ""),
         features=pass_.folder / f"features_{processes.rank}.npy", kid_subsets=options.whole("kid_subsets"),
         kid_size=options.whole("kid_size"))
-    parts = {"scorer": scorer} | ({} if pair_scores is None else {"pairs": pair_scores})
+    go_through(reader, originals, scorer, pair_scores, pass_, processes)
+    values = asdict(scorer.scores(reference, distributed=processes.many))
+    values |= {} if pair_scores is None else pair_scores.result()
+    protocol = replace(draft, reference_hash=reference.hash)
+    row = result_row(protocol, values, seconds=time.perf_counter() - begun,
+                     run={"samples": str(reader.path), **reader.manifest, **about})
+    if processes.first:
+        append_row(options["results"], row)
+        print(f"{described(protocol, values)}\n{protocol}\nrow appended to {options['results']}")
+    pass_.finish()
+    return row
+
+
+def go_through(reader: SampleReader, originals: SampleReader | None, scorer: Scorer, pair_scores: PairScores | None,
+               pass_: Pass, processes: Processes) -> None:
+    """Show all samples to the accumulators, this process its share, from where a killed pass stopped."""
+    parts: dict[str, Any] = {"scorer": scorer} | ({} if pair_scores is None else {"pairs": pair_scores})
     pass_.load(parts)
 
     def update(samples: Samples, original: Samples | None) -> None:
@@ -77,16 +92,6 @@ def score_files(options: Options, processes: Processes, asked: EvalProtocol | No
     if processes.many:
         for part in parts.values():
             part.all_reduce()
-    values = asdict(scorer.scores(reference, distributed=processes.many))
-    values |= {} if pair_scores is None else pair_scores.result()
-    protocol = replace(draft, reference_hash=reference.hash)
-    row = result_row(protocol, values, seconds=time.perf_counter() - begun,
-                     run={"samples": str(reader.path), **reader.manifest, **about})
-    if processes.first:
-        append_row(options["results"], row)
-        print(f"{described(protocol, values)}\n{protocol}\nrow appended to {options['results']}")
-    pass_.finish()
-    return row
 
 
 def draft_protocol(options: Options, reader: SampleReader, extractor: FeatureExtractor, asked: EvalProtocol | None,
