@@ -199,7 +199,7 @@ def test_two_processes_train_as_one(done: Path, experiment: str, trainer: str) -
     assert len(ours) == STEPS and ours[-1] != ours[0]
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
     if result(one).name == GENERATOR_FILE:  # in tokenizers Adam makes steps of what is 0 but for rounding
-        assert furthest(one, two) < 1e-5
+        assert furthest(one, two) < 1e-4  # small gradients' rounding too is scaled up; a step is about 1e-3
         assert read_config(result(two)) == read_config(result(one))
 
 
