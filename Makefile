@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test types clean
+.PHONY: demo test coverage types clean
 
 demo: $(VENV)/installed  ## train, sample and score on real digits
 	$(VENV)/bin/python -m varzoo.demo
@@ -9,6 +9,9 @@ demo: $(VENV)/installed  ## train, sample and score on real digits
 test: $(VENV)/installed  ## the tests
 	$(VENV)/bin/ruff check .
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+
+coverage: $(VENV)/installed  ## the tests, and which lines they run (processes that tests start are not seen)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --cov=varzoo --cov-report=term-missing:skip-covered
 
 types: $(VENV)/installed  ## the type checker
 	$(VENV)/bin/python -m mypy

@@ -140,6 +140,26 @@ def test_complete_cache_is_not_built_again(tmp_path: Path) -> None:
     assert tokenizer.calls == 0
 
 
+def test_damaged_caches_are_refused(tmp_path: Path) -> None:
+    manifest, ids = tmp_path / "c" / "manifest.json", tmp_path / "c" / "compressed.npy"
+    make(tmp_path / "c")
+    whole, stored = manifest.read_text(), ids.read_bytes()
+    for text, message in (
+            (whole[:-9], r"manifest\.json is damaged"),
+            (json.dumps(json.loads(whole) | {"format": 0}), "has format 0, this version reads"),
+            (json.dumps(json.loads(whole) | {"dtype": "uint8"}), "holds uint16 .*, its manifest says uint8")):
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            CachedTokens(folder=tmp_path / "c", tokenizer=Grey())
+    manifest.write_text(whole)
+    ids.write_bytes(stored[:-100])
+    with pytest.raises(ValueError, match=r"compressed\.npy is missing or truncated"):
+        CachedTokens(folder=tmp_path / "c", tokenizer=Grey())
+    ids.write_bytes(stored)
+    with pytest.raises(IndexError, match="there is no image 10000"):
+        CachedTokens(folder=tmp_path / "c", tokenizer=Grey())[10000]
+
+
 def test_another_tokenizers_cache_is_refused_by_name(tmp_path: Path) -> None:
     make(tmp_path / "c")
     own = json.loads((tmp_path / "c" / "manifest.json").read_text())["tokenizer"]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from varzoo import catalogue, families
 from varzoo.cli.zoo import KINDS, main
 from varzoo.core.checkpoint import read_config, read_weights
-from varzoo.loading import build, load_tokenizer
+from varzoo.loading import build, load, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +101,29 @@ def test_conversion_is_bijective_and_its_file_loads(tmp_path: Path, capsys: pyte
     assert "written: " in capsys.readouterr().out
 
 
+def test_a_models_file_carries_what_sampling_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "configs" / "model").mkdir(parents=True)
+    (tmp_path / "configs" / "model" / "little.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - _self_\n  - override /tokenizer: vq_f2\n"
+        "  - override /generator: llamagen_tiny\n  - override /sampler: categorical\n"
+        "sampler: {guidance: {scale: 2.5}}\n")
+    monkeypatch.setenv("VARZOO_CONFIGS", f"file://{tmp_path / 'configs'}")
+    state = official("generator", "llamagen_tiny", "llamagen", tmp_path / "official.pt")
+    official("tokenizer", "vq_f2", "llamagen", tmp_path / "vq.pt")
+    main(["convert", str(tmp_path / "official.pt"), str(tmp_path / "generator.safetensors"), "--name", "little"])
+    main(["convert", str(tmp_path / "vq.pt"), str(tmp_path / "tokenizer.safetensors"), "--name", "vq_f2"])
+    assert read_config(tmp_path / "generator.safetensors")["sampler"]["guidance"]["scale"] == 2.5
+    alone, together = load(tmp_path), load("little", checkpoint=tmp_path / "official.pt",
+                                           tokenizer_checkpoint=tmp_path / "vq.pt")
+    assert torch.equal(alone.sample([3])[0], together.sample([3])[0])
+    main(["convert", str(tmp_path / "generator.safetensors"), str(tmp_path / "back.pt"), "--layout", "llamagen"])
+    again = read_weights(tmp_path / "back.pt")
+    assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
+    monkeypatch.setenv("VARZOO_CONFIGS", str(tmp_path))
+    with pytest.raises(ValueError, match="must be pkg://PACKAGE or file://FOLDER"):
+        catalogue.names("model")
+
+
 def test_conversions_that_are_refused(tmp_path: Path) -> None:
     official("tokenizer", "vq_f2", "llamagen", tmp_path / "official.pt")
     for arguments, message in (
@@ -131,6 +154,8 @@ def test_the_command_line(capsys: pytest.CaptureFixture) -> None:
     assert "varzoo.samplers.Autoregressive" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="nothing is called 'zzz'"):
         main(["list", "zzz"])
+    with pytest.raises(SystemExit, match="unknown tokenizer 'mar_b'"):
+        main(["info", "mar_b", "--kind", "tokenizer"])
     with pytest.raises(SystemExit, match="Did you mean 'mar_b'"):
         main(["info", "mar_bb"])
 
@@ -141,6 +166,8 @@ def test_lists_of_what_fits(capsys: pytest.CaptureFixture) -> None:
     main(["list", "--fits", "llamagen_tiny", "--kind", "sampler"])
     printed = capsys.readouterr().out
     assert "sjd" in printed and "lantern" in printed and "diffusion" not in printed and "masked" not in printed
+    main(["list", "--fits", "flow_sde"])
+    assert {"flowar_tiny", "xar_b"} <= set(capsys.readouterr().out.replace(",", "").split())
     main(["list", "--tokens", "continuous grid 8 x 8", "--kind", "tokenizer"])
     assert capsys.readouterr().out.split() == ["tokenizers", "kl_f2"]
     with pytest.raises(SystemExit, match=r"nothing is called 'vq\*' --fits 'kl_f2'"):

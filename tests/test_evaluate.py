@@ -24,6 +24,7 @@ from varzoo.core.weights import WeightsFile
 from varzoo.data import Digits
 from varzoo.eval.feature_bank import FeatureBank
 from varzoo.eval.features import ClassifierFeatures
+from varzoo.eval.i3d import I3D
 from varzoo.eval.moments import Moments, frechet_distance
 from varzoo.eval.protocol import (
     PROTOCOLS,
@@ -467,5 +468,25 @@ def test_fvd_of_clips_in_an_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
               "uint8_rule=none"])
     with pytest.raises(ValueError, match="at least 9 frames, got 8"):
         extractor(torch.zeros(1, 8, 3, 12, 14))
+    with pytest.raises(ValueError, match=r"clips are uint8, or float32 .* got torch\.float64 \(1, 9, 3, 12, 14\)"):
+        extractor(torch.zeros(1, 9, 3, 12, 14, dtype=torch.float64))
     with pytest.raises(FileNotFoundError, match=r"FVD .* needs i3d_torchscript\.pt"):
         VideoFeatures(resize="inside")
+
+
+def test_videogpts_i3d_is_read_from_its_own_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = I3D(classes=400).eval()
+    torch.save(network.state_dict(), tmp_path / "i3d.pt")
+    extractor = VideoFeatures(resize="stretched", weights=tmp_path / "i3d.pt")
+    clips = torch.rand(1, 9, 3, 12, 14)
+    frames = nn.functional.interpolate(2 * clips[0] - 1, (224, 224), mode="bilinear")
+    with torch.no_grad():
+        expected = network(frames.movedim(0, 1)[None])[0]
+    torch.testing.assert_close(extractor(clips)["features"], expected)
+    assert torch.equal(extractor((clips * 255).round() / 255)["features"],
+                       extractor((clips * 255).round().byte())["features"])
+    with pytest.raises(ValueError, match=r"i3d\.pt is not a TorchScript network"):
+        VideoFeatures(resize="inside", weights=tmp_path / "i3d.pt")
+    with pytest.raises(ValueError, match="unknown resize 'squashed'"):
+        VideoFeatures(resize="squashed")

@@ -28,6 +28,7 @@ from varzoo.eval.manifold import neighbour_radii, precision_recall
 from varzoo.eval.moments import Gaussian, Moments, frechet_distance
 from varzoo.eval.pretrained import MobileNetFeatures
 from varzoo.eval.reconstruction import CodebookUsage, PairScores
+from varzoo.eval.references import Reference
 from varzoo.eval.score import Samples, Scorer, dataset_samples, make_protocol, reference_statistics, score
 from varzoo.eval.similarity import psnr, ssim
 
@@ -280,6 +281,34 @@ def test_many_processes_score_as_one(tmp_path: Path, processes: int) -> None:
 def test_a_scorer_needs_what_its_metrics_need(cache: Path) -> None:
     with pytest.raises(ValueError, match="unknown metric 'fid'"):
         Scorer(extractor=ClassifierFeatures(cache_dir=cache), count=3, splits=1, metrics=("fid",))
+
+
+class Spread(Toy):
+    """Toy's, with spatial features beside: the four corners' mean colours."""
+
+    spatial_dim = 4
+
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        corners = images.float()[..., ::3, ::3].mean(dim=1).flatten(1)
+        return super().extract(images) | {"spatial": corners}
+
+
+def test_the_spatial_distance_is_that_of_the_spatial_features(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (torch.randint(0, high, (30, 3, 4, 4), dtype=torch.uint8) for high in (200, 256))
+    extractor = Spread()
+    reference_statistics([Samples(theirs)], extractor=extractor, name="theirs").save(tmp_path / "theirs.npz")
+    reference = Reference.read(tmp_path / "theirs.npz")
+    scorer = Scorer(extractor=extractor, count=30, splits=1, metrics=("fd", "sfd"))
+    for part in ours.split(13):
+        scorer.update(Samples(part))
+    scores = scorer.scores(reference)
+    features, spatial = ([gaussian(extractor(images)[name]) for images in (ours, theirs)] for name in
+                         ("features", "spatial"))
+    assert scores.fd == pytest.approx(frechet_distance(*features), rel=1e-6)
+    assert scores.sfd == pytest.approx(frechet_distance(*spatial), rel=1e-6) and scores.sfd > 1
+    with pytest.raises(ValueError, match="has no statistics of spatial features"):
+        scorer.scores(replace(reference, spatial=None))
 
 
 # --- equal to torch-fidelity ---
