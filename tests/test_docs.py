@@ -198,8 +198,8 @@ def check_sampling(overrides: tuple[str, ...]) -> None:
 
 def run_evaluation(arguments: list[str]) -> None:
     parsed = options.parse(arguments)
-    if parsed.job in ("score", "build") and parsed["protocol"]:
-        find_protocol(parsed["protocol"])
+    if parsed.job in ("score", "build") and (name := parsed.get("protocol")):
+        find_protocol(name)
     elif parsed.job == "reproduce":
         assert parsed["reproduce"] in list_configs("experiment/leaderboard")
         assert Path(parsed["checkpoint"]).name == Path(PUBLISHED[parsed["reproduce"]].file).name
