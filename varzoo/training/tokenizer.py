@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
 
 from varzoo.core.losses import Losses
 from varzoo.nn.processes import means_over_processes
@@ -60,7 +61,8 @@ class TokenizerTraining(TrainingModule[Tokenizer]):
             self.adversary.requires_grad_(False)
         self._step(optimizer, self.compute(batch))
         self.follow()
-        schedule: Any = self.lr_schedulers()  # the tokenizer's; the adversary's rate is constant
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, LRScheduler), "the tokenizer's alone; the adversary's rate is constant"
         schedule.step()
         if self.adversary is not None:
             assert self.objective is not None and self._reconstructions is not None  # `losses` has just made them
