@@ -95,8 +95,7 @@ class Images:
                        lambda rank, world: dataset_samples(dataset, batch_size=size, rank=rank, world_size=world), own)
         if not Path(name).exists():
             raise ValueError(f"unknown reference or data {name!r}: it is neither digits, digits_train, fashion_mnist "
-                             "or "
-                             "fashion_mnist_train, nor a file or folder.")
+                             "or fashion_mnist_train, nor a file or folder.")
         if kind is not None and kind not in REFERENCE_TYPES:
             raise unknown("reference type", kind, REFERENCE_TYPES)
         reader = SampleReader(path=name, batch_size=size)
@@ -185,15 +184,13 @@ class Pass:
                   self.path.name.split("_of_")[1]]
         if others:
             raise ValueError(f"{self.folder} keeps a pass of another number of processes ({others[0].name}); use as "
-                             "many, "
-                             "or delete it.")
+                             "many, or delete it.")
         if not self.path.is_file():
             return
         state = torch.load(self.path, weights_only=True)
         if state["identity"] != self.identity:
             raise ValueError(f"{self.folder} keeps the pass over other samples or another protocol; choose another "
-                             "state=, "
-                             "or delete it.")
+                             "state=, or delete it.")
         for name, part in parts.items():
             part.load_state_dict(state[name])
 

@@ -189,8 +189,7 @@ class Scorer:
                              "build it with them (reference=build).")
         if self.bank is not None and reference.features is None:
             raise ValueError(f"the reference {reference.name} has no features, which precision, recall and KID need; "
-                             "give "
-                             "images, or build it with features=true.")
+                             "give images, or build it with features=true.")
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.samples.seen.clone(), "labelled": self.labelled.clone(),

@@ -127,7 +127,7 @@ def trained_steps(path: Path) -> int | None:
     return (read_config(path) or {}).get("steps") if path.exists() else None
 
 
-def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TokenizerTraining, ImageData, list[Any]]:
+def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TokenizerTraining, ImageData, list[pl.Callback]]:
     """What trains a tokenizer, its VAE (if it has one) made first where an experiment for it is named."""
     tokenizer, vae = build(tokenizer_node(config, folder)), folder / VAE_FILE
     if tokenizer.beneath is not None:
@@ -135,11 +135,13 @@ def tokenizer_parts(config: DictConfig, folder: Path) -> tuple[TokenizerTraining
     objective = build(config.objective) if config.objective else None
     module = TokenizerTraining(tokenizer=tokenizer, objective=objective, clip=config.clip, **common(config, folder))
     data = ImageData(**image_settings(config))
-    pictures = [ReconstructionGrid(every=config.samples_every, folder=folder / "samples", dataset=data.heldout)]
-    return module, data, pictures if config.samples_every else []
+    if not config.samples_every:
+        return module, data, []
+    return module, data, [ReconstructionGrid(every=config.samples_every, folder=folder / "samples",
+                                             dataset=data.heldout)]
 
 
-def generator_parts(config: DictConfig, folder: Path) -> tuple[GeneratorTraining, ImageData, list[Any]]:
+def generator_parts(config: DictConfig, folder: Path) -> tuple[GeneratorTraining, ImageData, list[pl.Callback]]:
     """What trains a generator, its tokenizer made first where an experiment for it is named."""
     generator, sampler, settings = build(config.generator), build(config.sampler), common(config, folder)
     images = image_settings(config)
@@ -152,7 +154,7 @@ def generator_parts(config: DictConfig, folder: Path) -> tuple[GeneratorTraining
         generator.use_target(generator)  # says that it takes none
     module = GeneratorTraining(generator=generator, tokenizer=tokenizer, posterior=config.posterior, **settings)
     data = TokenData(tokenizer=tokenizer, cache=Path(config.cache), copies=config.copies, **images)
-    pictures: list[Any] = []
+    pictures: list[pl.Callback] = []
     if config.samples_every:
         pictures.append(SampleGrid(every=config.samples_every, folder=folder / "samples", sampler=sampler,
                                    class_names=data.train.class_names))
